@@ -1,0 +1,404 @@
+/* N-API surface of @lc/tensor's core: the table, handles, memory counters, DLPack. Ops are in ops_addon.cc, CUDA in cuda_addon.cc. */
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "lctx/napi_glue.h"
+#include "memory_info.h"
+#include "runtime.h"
+
+namespace lctx {
+void register_ops(Napi::Env env, Napi::Object exports);
+void register_cuda(Napi::Env env, Napi::Object exports);
+
+namespace {
+
+const napi_type_tag kDlpackTag = {LCTX_DLPACK_TAG_LO, LCTX_DLPACK_TAG_HI};
+
+/* JS references may only be deleted on their environment's thread. Memory borrowed from JS can lose its last owner anywhere (a DLPack
+ * consumer's thread), so the reference waits here until the environment's next call. */
+struct EnvState {
+  std::thread::id thread = std::this_thread::get_id();
+  std::mutex mutex;
+  bool alive = true;
+  napi_env env = nullptr;
+  std::vector<napi_ref> pending;
+
+  void drop(napi_ref ref) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (!alive) return;  // the environment's teardown frees its references
+    pending.push_back(ref);
+  }
+  void drain() {
+    std::vector<napi_ref> refs;
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      refs.swap(pending);
+    }
+    for (napi_ref ref : refs) napi_delete_reference(env, ref);
+  }
+};
+using EnvHandle = std::shared_ptr<EnvState>;
+EnvHandle& state(Napi::Env env) { return *env.GetInstanceData<EnvHandle>(); }
+
+Napi::Value wrap_handle(Napi::Env env, lctx_tensor* t) {
+  api()->attach_handle(t);
+  auto external = Napi::External<lctx_tensor>::New(env, t, [](Napi::Env, lctx_tensor* p) { api()->detach_handle(p); });
+  napi_type_tag_object(env, external, &kTensorTag);
+  return external;
+}
+
+/* The struct of a handle that dispose() may be called on: adopting copies of @lc/tensor share the layout, so any ABI-1 handle will do. */
+lctx_tensor* own_handle(const Napi::CallbackInfo& info) { return tensor_handle(info.Env(), info[0], "handle"); }
+
+int wrap(void* data, uint64_t nbytes, DLDevice device, int32_t dtype, const std::vector<int64_t>& shape, const std::string& label,
+         void (*free_fn)(void*), void* ctx, lctx_tensor** out) {
+  const lctx_wrap_params p{sizeof p, device.device_type, device.device_id, dtype, static_cast<int32_t>(shape.size()), 0, nbytes,
+                           shape.data(), label.c_str(), data, free_fn, ctx};
+  return api()->wrap(&p, out);
+}
+
+std::vector<int64_t> shape_arg(Napi::Env env, Napi::Value value) {
+  if (!value.IsArray()) throw_type(env, "ERR_LC_SHAPE", "shape: expected an array of sizes");
+  Napi::Array array = value.As<Napi::Array>();
+  if (array.Length() > LCTX_MAX_DIMS) throw_type(env, "ERR_LC_SHAPE", "shape: at most 6 dimensions");
+  std::vector<int64_t> shape(array.Length());
+  for (uint32_t i = 0; i < array.Length(); i++) {
+    const double size = array.Get(i).IsNumber() ? array.Get(i).As<Napi::Number>().DoubleValue() : -1;
+    if (!(size >= 0) || size != std::floor(size) || size > 9007199254740991.0)
+      throw_type(env, "ERR_LC_SHAPE", "shape: size " + std::to_string(i) + " must be a whole number >= 0");
+    shape[i] = static_cast<int64_t>(size);
+  }
+  return shape;
+}
+
+/* alloc(dtype, shape, deviceType, deviceId, zero, label) -> External */
+Napi::Value alloc(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  state(env)->drain();
+  const std::vector<int64_t> shape = shape_arg(env, info[1]);
+  const std::string label = info[5].ToString().Utf8Value();
+  lctx_alloc_params p{sizeof p, info[2].ToNumber().Int32Value(), info[3].ToNumber().Int32Value(), info[0].ToNumber().Int32Value(),
+                      static_cast<int32_t>(shape.size()), info[4].ToBoolean() ? 1 : 0, shape.data(), label.c_str(), nullptr};
+  lctx_tensor* t = nullptr;
+  check(env, api()->alloc(&p, &t));
+  return wrap_handle(env, t);
+}
+
+struct Borrowed {
+  EnvHandle state;
+  napi_ref ref;
+};
+void free_borrowed(void* ctx) {
+  auto* b = static_cast<Borrowed*>(ctx);
+  b->state->drop(b->ref);
+  delete b;
+}
+
+/* fromTypedArray(typedArray, dtype, shape, label) -> External over the array's own memory. */
+Napi::Value from_typed_array(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  state(env)->drain();
+  if (!info[0].IsTypedArray()) throw_type(env, "ERR_LC_ARGUMENT", "fromTypedArray: expected a typed array");
+  Napi::TypedArray array = info[0].As<Napi::TypedArray>();
+  const std::vector<int64_t> shape = shape_arg(env, info[2]);
+  void* data = nullptr;
+  napi_get_typedarray_info(env, array, nullptr, nullptr, &data, nullptr, nullptr);
+  napi_ref ref;
+  napi_create_reference(env, array.ArrayBuffer(), 1, &ref);
+  const std::string label = info[3].ToString().Utf8Value();
+  lctx_tensor* t = nullptr;
+  check(env, wrap(data, array.ByteLength(), {kDLCPU, 0}, info[1].ToNumber().Int32Value(), shape, label, free_borrowed, new Borrowed{state(env), ref}, &t));
+  return wrap_handle(env, t);
+}
+
+/* A JS release callback runs on its own thread, whoever drops the last reference. */
+struct PointerOwner {
+  Napi::ThreadSafeFunction release;
+};
+void free_pointer(void* ctx) {
+  auto* owner = static_cast<PointerOwner*>(ctx);
+  if (owner->release) {
+    owner->release.NonBlockingCall([](Napi::Env, Napi::Function callback) { callback.Call({}); });
+    owner->release.Release();
+  }
+  delete owner;
+}
+
+/* fromPointer(ptr: bigint, nbytes, deviceType, deviceId, dtype, shape, label, release?) -> External */
+Napi::Value from_pointer(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  if (!info[0].IsBigInt()) throw_type(env, "ERR_LC_ARGUMENT", "fromPointer: ptr must be a bigint");
+  bool lossless = false;
+  const uint64_t ptr = info[0].As<Napi::BigInt>().Uint64Value(&lossless);
+  if (!lossless || ptr == 0) throw_type(env, "ERR_LC_ARGUMENT", "fromPointer: ptr must be a non-null 64-bit address");
+  const std::vector<int64_t> shape = shape_arg(env, info[5]);
+  const std::string label = info[6].ToString().Utf8Value();
+  auto* owner = new PointerOwner();
+  if (info[7].IsFunction()) {
+    owner->release = Napi::ThreadSafeFunction::New(env, info[7].As<Napi::Function>(), "lc.release", 0, 1);
+    owner->release.Unref(env);  // a tensor that lives on must not keep the process alive
+  }
+  lctx_tensor* t = nullptr;
+  check(env, wrap(reinterpret_cast<void*>(ptr), static_cast<uint64_t>(info[1].ToNumber().Int64Value()),
+                  {info[2].ToNumber().Int32Value(), info[3].ToNumber().Int32Value()}, info[4].ToNumber().Int32Value(), shape,
+                  label, free_pointer, owner, &t));
+  return wrap_handle(env, t);
+}
+
+/* dispose(handle) -> whether this call disposed it */
+Napi::Value dispose_handle(const Napi::CallbackInfo& info) {
+  state(info.Env())->drain();
+  return Napi::Boolean::New(info.Env(), dispose(own_handle(info)));
+}
+
+/* buffer(handle, byteOffset, nbytes) -> ArrayBuffer over the memory; the caller detaches it when it disposes the tensor. */
+Napi::Value buffer(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  lctx_tensor* t = own_handle(info);
+  const double offset = info[1].ToNumber().DoubleValue(), nbytes = info[2].ToNumber().DoubleValue();
+  if (t->disposed) throw_type(env, "ERR_LC_DISPOSED", "data: the tensor was disposed");
+  if (t->view.device.device_type == kDLCUDA) throw_type(env, "ERR_LC_DEVICE", "data: the tensor is on cuda; use read() or copy() it to the CPU");
+  if (!(offset >= 0) || !(nbytes >= 0) || offset + nbytes > static_cast<double>(t->nbytes))
+    throw_type(env, "ERR_LC_OUT_OF_BOUNDS", "data: range passes the end of the allocation");
+  if (nbytes == 0) return Napi::ArrayBuffer::New(env, 0);
+  t->retain(t);
+  napi_value result;
+  const napi_status status = napi_create_external_arraybuffer(
+      env, static_cast<char*>(t->view.data) + static_cast<size_t>(offset), static_cast<size_t>(nbytes),
+      [](napi_env, void*, void* hint) { static_cast<lctx_tensor*>(hint)->release(static_cast<lctx_tensor*>(hint)); }, t, &result);
+  if (status != napi_ok) {
+    t->release(t);
+    throw make_error(env, "ERR_LC_OUT_OF_MEMORY", "data: this Node cannot make an ArrayBuffer of that size; read it in parts with rows()");
+  }
+  return Napi::Value(env, result);
+}
+void detach(const Napi::CallbackInfo& info) { napi_detach_arraybuffer(info.Env(), info[0]); }
+
+/* memory() -> { [device]: { liveBytes, peakBytes, liveTensors, allocations, byLabel } } */
+Napi::Value memory(const Napi::CallbackInfo& info) {
+  struct Visit { Napi::Env env; Napi::Object devices; } visit{info.Env(), Napi::Object::New(info.Env())};
+  api()->visit_counters(
+      [](void* ctx, const char* device, const char* label, uint64_t live, uint64_t peak, uint64_t tensors, uint64_t allocations) {
+        auto* v = static_cast<Visit*>(ctx);
+        Napi::Object o = Napi::Object::New(v->env);
+        o.Set("liveBytes", static_cast<double>(live));
+        o.Set("peakBytes", static_cast<double>(peak));
+        o.Set("liveTensors", static_cast<double>(tensors));
+        o.Set("allocations", static_cast<double>(allocations));
+        if (label) {
+          v->devices.Get(device).As<Napi::Object>().Get("byLabel").As<Napi::Object>().Set(label, o);
+        } else {
+          o.Set("byLabel", Napi::Object::New(v->env));
+          v->devices.Set(device, o);
+        }
+      },
+      &visit);
+  return visit.devices;
+}
+void reset_peak(const Napi::CallbackInfo&) { api()->reset_peaks(); }
+
+/* memInfo(deviceType, deviceId) -> { freeBytes, totalBytes, liveBytes, peakBytes } */
+Napi::Value mem_info(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  lctx_mem_info m;
+  check(env, api()->mem_info(info[0].ToNumber().Int32Value(), info[1].ToNumber().Int32Value(), &m));
+  Napi::Object o = Napi::Object::New(env);
+  o.Set("freeBytes", static_cast<double>(m.free_bytes));
+  o.Set("totalBytes", static_cast<double>(m.total_bytes));
+  o.Set("liveBytes", static_cast<double>(m.live_bytes));
+  o.Set("peakBytes", static_cast<double>(m.peak_bytes));
+  return o;
+}
+
+/* ---- DLPack ---- */
+struct DlpackExport {
+  DLManagedTensorVersioned managed;
+  lctx_tensor* owner;
+  int64_t shape[LCTX_MAX_DIMS], strides[LCTX_MAX_DIMS];
+};
+void dlpack_deleter(DLManagedTensorVersioned* self) {
+  auto* e = reinterpret_cast<DlpackExport*>(self);
+  e->owner->release(e->owner);
+  delete e;
+}
+DLDataType to_dl(int32_t dtype) {
+  switch (dtype) {
+    case LCTX_F32: return {kDLFloat, 32, 1};
+    case LCTX_BF16: return {kDLBfloat, 16, 1};
+    case LCTX_F16: return {kDLFloat, 16, 1};
+    case LCTX_I32: return {kDLInt, 32, 1};
+    case LCTX_I64: return {kDLInt, 64, 1};
+    default: return {kDLUInt, 8, 1};
+  }
+}
+int32_t from_dl(DLDataType t) {
+  if (t.lanes != 1) return -1;
+  for (int32_t d = LCTX_F32; d <= LCTX_U8; d++) {
+    const DLDataType want = to_dl(d);
+    if (want.code == t.code && want.bits == t.bits) return d;
+  }
+  return -1;
+}
+
+/* toDLPack({ x }) -> External<DLManagedTensorVersioned>, freed with the External unless a consumer took it (pointer() and consumed()). */
+Napi::Value to_dlpack(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  Args args(info, "toDLPack");
+  const View v = args.tensor("x");
+  auto* e = new DlpackExport();
+  e->owner = v.owner;
+  v.owner->retain(v.owner);
+  std::memcpy(e->shape, v.shape, sizeof e->shape);
+  std::memcpy(e->strides, v.strides, sizeof e->strides);
+  e->managed = {{DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION}, nullptr, dlpack_deleter, 0,
+                {v.data, v.device, v.ndim, to_dl(v.dtype), e->shape, e->strides, 0}};
+  auto external = Napi::External<DLManagedTensorVersioned*>::New(
+      env, new DLManagedTensorVersioned*(&e->managed), [](Napi::Env, DLManagedTensorVersioned** p) {
+        if (*p && (*p)->deleter) (*p)->deleter(*p);
+        delete p;
+      });
+  napi_type_tag_object(env, external, &kDlpackTag);
+  return external;
+}
+
+DLManagedTensorVersioned** dlpack_slot(Napi::Env env, Napi::Value value) {
+  bool match = false;
+  if (!value.IsExternal() || napi_check_object_type_tag(env, value, &kDlpackTag, &match) != napi_ok || !match)
+    throw_type(env, "ERR_LC_NOT_A_TENSOR", "fromDLPack: expected a DLPack external from toDLPack, or the address of a DLManagedTensorVersioned as a bigint");
+  return value.As<Napi::External<DLManagedTensorVersioned*>>().Data();
+}
+
+/* dlpackPointer(external) -> bigint address of the DLManagedTensorVersioned for a native consumer, which then owns it: as with a Python capsule that
+ * is renamed "used", the external is empty from then on. */
+Napi::Value dlpack_pointer(const Napi::CallbackInfo& info) {
+  DLManagedTensorVersioned** slot = dlpack_slot(info.Env(), info[0]);
+  if (!*slot) throw_type(info.Env(), "ERR_LC_DISPOSED", "dlpackPointer: this DLPack external was already consumed");
+  DLManagedTensorVersioned* managed = *slot;
+  *slot = nullptr;
+  return Napi::BigInt::New(info.Env(), static_cast<uint64_t>(reinterpret_cast<uintptr_t>(managed)));
+}
+
+void free_managed(void* ctx) {
+  auto* m = static_cast<DLManagedTensorVersioned*>(ctx);
+  if (m->deleter) m->deleter(m);
+}
+
+/* fromDLPack(external | bigint, label) -> { handle, dtype, shape, strides, deviceType, deviceId }; takes ownership. */
+Napi::Value from_dlpack(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  DLManagedTensorVersioned* m = nullptr;
+  if (info[0].IsBigInt()) {
+    bool lossless = false;
+    m = reinterpret_cast<DLManagedTensorVersioned*>(info[0].As<Napi::BigInt>().Uint64Value(&lossless));
+  } else {
+    DLManagedTensorVersioned** slot = dlpack_slot(env, info[0]);
+    m = *slot;
+    *slot = nullptr;
+  }
+  if (!m) throw_type(env, "ERR_LC_DISPOSED", "fromDLPack: this DLPack external was already consumed");
+  auto refuse = [&](const char* code, const std::string& message) {
+    free_managed(m);
+    throw_type(env, code, message);
+  };
+  if (m->version.major != DLPACK_MAJOR_VERSION) refuse("ERR_LC_ABI", "fromDLPack: DLPack v" + std::to_string(m->version.major) + ", expected v1");
+  const DLTensor& d = m->dl_tensor;
+  const int32_t dtype = from_dl(d.dtype);
+  if (dtype < 0) refuse("ERR_LC_DTYPE", "fromDLPack: dtype code " + std::to_string(d.dtype.code) + " with " + std::to_string(d.dtype.bits) + " bits is not one of f32, bf16, f16, i32, i64, u8");
+  if (d.ndim < 0 || d.ndim > LCTX_MAX_DIMS) refuse("ERR_LC_SHAPE", "fromDLPack: at most 6 dimensions");
+  if (d.device.device_type != kDLCPU && d.device.device_type != kDLCUDA && d.device.device_type != kDLCUDAHost)
+    refuse("ERR_LC_DEVICE", "fromDLPack: device type " + std::to_string(d.device.device_type) + " is not CPU or CUDA");
+  Napi::Array shape = Napi::Array::New(env), strides = Napi::Array::New(env);
+  double extent = static_cast<double>(item_size(dtype)), packed = 1;
+  bool empty = false;
+  for (int32_t i = d.ndim - 1; i >= 0; i--) {
+    const int64_t size = d.shape[i], stride = d.strides ? d.strides[i] : static_cast<int64_t>(packed);
+    if (size < 0 || stride < 0) refuse("ERR_LC_STRIDES", "fromDLPack: negative sizes or strides are not supported; make a contiguous copy first");
+    packed *= static_cast<double>(size);
+    empty |= size == 0;
+    if (size) extent += static_cast<double>(size - 1) * static_cast<double>(stride) * static_cast<double>(item_size(dtype));
+    shape.Set(static_cast<uint32_t>(i), static_cast<double>(size));
+    strides.Set(static_cast<uint32_t>(i), static_cast<double>(stride));
+  }
+  if (extent > 9007199254740992.0) refuse("ERR_LC_SHAPE", "fromDLPack: larger than 2^53 bytes");
+  const std::string label = info[1].ToString().Utf8Value();
+  lctx_tensor* t = nullptr;
+  if (wrap(static_cast<char*>(d.data) + d.byte_offset, empty ? 0 : static_cast<uint64_t>(extent), d.device, dtype, std::vector<int64_t>(d.shape, d.shape + d.ndim), label, free_managed, m, &t))
+    refuse(api()->last_error_code(), api()->last_error());
+  Napi::Object o = Napi::Object::New(env);
+  o.Set("handle", wrap_handle(env, t));
+  o.Set("dtype", dtype);
+  o.Set("shape", shape);
+  o.Set("strides", strides);
+  o.Set("deviceType", d.device.device_type);
+  o.Set("deviceId", d.device.device_id);
+  return o;
+}
+
+/* pointer(handle) -> bigint address of the allocation's first byte, for other native code. */
+Napi::Value pointer(const Napi::CallbackInfo& info) {
+  lctx_tensor* t = own_handle(info);
+  if (t->disposed) throw_type(info.Env(), "ERR_LC_DISPOSED", "pointer: the tensor was disposed");
+  return Napi::BigInt::New(info.Env(), static_cast<uint64_t>(reinterpret_cast<uintptr_t>(t->view.data)));
+}
+
+#ifdef LCTX_WITH_CUDA
+constexpr bool kWithCuda = true;
+#else
+constexpr bool kWithCuda = false;
+#endif
+
+Napi::Object init_module(Napi::Env env, Napi::Object exports) {
+  auto* data = new EnvHandle(std::make_shared<EnvState>());
+  (*data)->env = env;
+  env.SetInstanceData<EnvHandle, [](Napi::Env, EnvHandle* handle) {
+    {
+      std::lock_guard<std::mutex> lock((*handle)->mutex);
+      (*handle)->alive = false;
+    }
+    delete handle;
+  }>(data);
+  const lctx_api* table = process_api();
+  if (table->magic != LCTX_API_MAGIC || table->abi_major != LCTX_ABI_MAJOR)
+    throw_type(env, "ERR_LC_ABI", std::string("@lc/tensor ") + own_api()->version + " (ABI v" + std::to_string(LCTX_ABI_MAJOR) +
+                   ") cannot join @lc/tensor " + table->version + " (ABI v" + std::to_string(table->abi_major) +
+                   "), which this process loaded first; install one version (npm dedupe, npm update '@lc/*')");
+  api_slot() = table;
+  auto external = Napi::External<lctx_api>::New(env, const_cast<lctx_api*>(table));
+  napi_type_tag_object(env, external, &kApiTag);
+  exports.Set("api", external);
+  exports.Set("adopted", table != own_api());
+  Napi::Object build = Napi::Object::New(env);
+  build.Set("version", own_api()->version);
+  build.Set("abi", std::to_string(LCTX_ABI_MAJOR) + "." + std::to_string(LCTX_ABI_MINOR));
+  build.Set("cuda", kWithCuda);
+  build.Set("compiler", __VERSION__);
+#ifdef LCTX_CUDA_TARGETS
+  build.Set("cudaTargets", LCTX_CUDA_TARGETS);
+#endif
+  exports.Set("buildInfo", build);
+  exports.Set("numThreads", Napi::Function::New(env, [](const Napi::CallbackInfo& info) { return Napi::Number::New(info.Env(), api()->num_threads()); }));
+  exports.Set("alloc", Napi::Function::New(env, alloc));
+  exports.Set("dispose", Napi::Function::New(env, dispose_handle));
+  exports.Set("fromTypedArray", Napi::Function::New(env, from_typed_array));
+  exports.Set("fromPointer", Napi::Function::New(env, from_pointer));
+  exports.Set("pointer", Napi::Function::New(env, pointer));
+  exports.Set("buffer", Napi::Function::New(env, buffer));
+  exports.Set("detach", Napi::Function::New(env, detach));
+  exports.Set("memory", Napi::Function::New(env, memory));
+  exports.Set("resetPeak", Napi::Function::New(env, reset_peak));
+  exports.Set("memInfo", Napi::Function::New(env, mem_info));
+  exports.Set("toDLPack", Napi::Function::New(env, to_dlpack));
+  exports.Set("dlpackPointer", Napi::Function::New(env, dlpack_pointer));
+  exports.Set("fromDLPack", Napi::Function::New(env, from_dlpack));
+  register_ops(env, exports);
+  register_cuda(env, exports);
+  return exports;
+}
+
+}  // namespace
+}  // namespace lctx
+
+static Napi::Object lc_init(Napi::Env env, Napi::Object exports) { return lctx::init_module(env, exports); }
+NODE_API_MODULE(lc_tensor, lc_init)

@@ -1,0 +1,147 @@
+/** Loads native addons: `@lc/tensor`'s own, and those of the other packages, which are handed its table once. */
+import { existsSync, readdirSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { LcError } from './errors.js';
+
+/** Opaque native handle of an allocation (a type-tagged `napi_external`). */
+export type Handle = { readonly __lcHandle: unique symbol };
+
+export interface CounterSnapshot {
+  liveBytes: number;
+  peakBytes: number;
+  liveTensors: number;
+  /** Allocations ever made. */
+  allocations: number;
+}
+export interface DeviceMemory extends CounterSnapshot {
+  byLabel: Record<string, CounterSnapshot>;
+}
+export interface MemInfo {
+  /** Bytes free on the device now; for the CPU: RAM available to this process, cgroup limits included. */
+  freeBytes: number;
+  totalBytes: number;
+  /** Bytes that lc's allocator holds, now and at most. */
+  liveBytes: number;
+  peakBytes: number;
+}
+export interface BuildInfo {
+  version: string;
+  abi: string;
+  /** Whether this binary contains CUDA code. */
+  cuda: boolean;
+  cudaTargets?: string;
+  compiler: string;
+}
+
+/** What native/addon.cc exports. Ops and CUDA add theirs in gemm.ts, rowops.ts and cuda.ts. */
+export interface CoreNative {
+  api: object;
+  /** True when another copy of @lc/tensor was loaded first and its table is used. */
+  adopted: boolean;
+  buildInfo: BuildInfo;
+  numThreads(): number;
+  alloc(dtype: number, shape: readonly number[], deviceType: number, deviceId: number, zero: boolean, label: string): Handle;
+  dispose(handle: Handle): boolean;
+  fromTypedArray(array: NodeJS.TypedArray, dtype: number, shape: readonly number[], label: string): Handle;
+  fromPointer(
+    ptr: bigint,
+    nbytes: number,
+    deviceType: number,
+    deviceId: number,
+    dtype: number,
+    shape: readonly number[],
+    label: string,
+    release?: () => void,
+  ): Handle;
+  pointer(handle: Handle): bigint;
+  buffer(handle: Handle, byteOffset: number, nbytes: number): ArrayBuffer;
+  detach(buffer: ArrayBuffer): void;
+  memory(): Record<string, DeviceMemory>;
+  resetPeak(): void;
+  memInfo(deviceType: number, deviceId: number): MemInfo;
+  toDLPack(args: { x: unknown }): object;
+  dlpackPointer(external: object): bigint;
+  fromDLPack(
+    source: object | bigint,
+    label: string,
+  ): { handle: Handle; dtype: number; shape: number[]; strides: number[]; deviceType: number; deviceId: number };
+}
+
+interface NodeGypBuild {
+  (dir: string): unknown;
+}
+
+/** The package folder of a file in its `src/` or `dist/`. */
+function packageRoot(from: string): string {
+  const file = from.startsWith('file:') ? fileURLToPath(from) : from;
+  return dirname(dirname(file));
+}
+
+function load(packageName: string, from: string): unknown {
+  const root = packageRoot(from);
+  const require = createRequire(join(root, 'package.json'));
+  // The default resolution order of node-gyp-build would let a stale build/Release win over the prebuild.
+  const nodeGypBuild = createRequire(import.meta.url)('node-gyp-build') as NodeGypBuild & { path?: (dir: string) => string };
+  let file: string;
+  try {
+    file = nodeGypBuild.path ? nodeGypBuild.path(root) : root;
+  } catch (cause) {
+    const folder = join(root, 'prebuilds');
+    const have = existsSync(folder) ? readdirSync(folder).join(', ') : 'none';
+    throw new LcError(
+      'ERR_LC_NO_PREBUILD',
+      `${packageName}: no native binary for ${process.platform}-${process.arch} (found: ${have}). ` +
+        `Reinstall it (npm install ${packageName}), or in the repository run: npm run build`,
+      { cause },
+    );
+  }
+  try {
+    return require(file);
+  } catch (cause) {
+    const code = (cause as { code?: string }).code;
+    if (code?.startsWith('ERR_LC_')) throw cause;
+    throw new LcError(
+      'ERR_LC_DLOPEN',
+      `${packageName}: ${file} did not load: ${(cause as Error).message}. It needs glibc 2.34 or newer (RHEL 9, Ubuntu 22.04, Debian 12) on x86-64`,
+      { cause },
+    );
+  }
+}
+
+let coreNative: unknown;
+
+/** This package's addon; loaded at the first use, so that importing never touches native code or a GPU. */
+export function core<T = CoreNative>(): T {
+  coreNative ??= load('@lc/tensor', import.meta.url);
+  return coreNative as T;
+}
+
+/**
+ * For packages with an addon: returns a function that loads it once and hands it `@lc/tensor`'s table.
+ *
+ * @param options.from `import.meta.url` of a file in the package's `src/` or `dist/`.
+ * @throws LcError `ERR_LC_NO_PREBUILD`, `ERR_LC_DLOPEN`, `ERR_LC_ABI` (both versions named) at the first call of the returned function.
+ */
+export function loadAddon<T extends object>(options: { packageName: string; from: string }): () => T {
+  let addon: (T & { init(api: object): void }) | undefined;
+  return () => {
+    if (!addon) {
+      const loaded = load(options.packageName, options.from) as T & { init(api: object): void };
+      loaded.init(core().api);
+      addon = loaded;
+    }
+    return addon;
+  };
+}
+
+/** Version, ABI, compiler and CUDA targets of the loaded binary. */
+export function buildInfo(): BuildInfo {
+  return core().buildInfo;
+}
+
+/** Threads of the CPU pool: the CPUs this process may use (affinity and cgroup), or `LCTX_NUM_THREADS`. */
+export function numThreads(): number {
+  return core().numThreads();
+}

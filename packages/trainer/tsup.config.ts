@@ -1,0 +1,10 @@
+import { defineConfig } from 'tsup';
+
+export default defineConfig({
+  entry: ['src/index.ts', 'src/cli/cli.ts'],
+  format: ['esm', 'cjs'],
+  dts: true,
+  shims: true,
+  target: 'node20',
+  clean: true,
+});
