@@ -24,10 +24,17 @@ function build(name: string, header: string | object, data = 0, claimed?: bigint
   writeFileSync(path, Buffer.concat([prefix, json, Buffer.alloc(data, 7)]));
   return path;
 }
+const plain = (name: string, bytes: string | Buffer): string => {
+  writeFileSync(join(dir, name), bytes);
+  return join(dir, name);
+};
 const f32 = (shape: unknown, begin: unknown, end: unknown): object => ({ dtype: 'F32', shape, data_offsets: [begin, end] });
 const bad = async (path: string, text: RegExp, code = 'ERR_LC_SAFETENSORS'): Promise<void> => {
   const error = await openSafetensors(path).then(
-    (file) => (file.close(), new Error('opened')),
+    (file) => {
+      file.close();
+      return new Error('opened');
+    },
     (e: Error & { code?: string }) => e,
   );
   expect(error).toMatchObject({ code, message: expect.stringMatching(text) });
@@ -128,15 +135,11 @@ describe('round trip', () => {
 
 describe('headers that lie', () => {
   it.each<[string, () => string, RegExp]>([
-    ['shorter than its length', () => (writeFileSync(join(dir, 'short'), 'abc'), join(dir, 'short')), /3 bytes, shorter/],
+    ['shorter than its length', () => plain('short', 'abc'), /3 bytes, shorter/],
     ['a huge header', () => build('huge', '{}', 0, 1n << 62n), /header of 4611686018427387904 bytes, more than/],
     ['a header past the end', () => build('past', '{}', 0, 4096n), /only 10 bytes in all/],
     ['not JSON', () => build('notjson', '{"a":', 0), /not JSON/],
-    [
-      'not UTF-8',
-      () => (writeFileSync(join(dir, 'utf'), Buffer.from([3, 0, 0, 0, 0, 0, 0, 0, 0x22, 0xff, 0x22])), join(dir, 'utf')),
-      /not JSON in UTF-8/,
-    ],
+    ['not UTF-8', () => plain('utf', Buffer.from([3, 0, 0, 0, 0, 0, 0, 0, 0x22, 0xff, 0x22])), /not JSON in UTF-8/],
     ['an array', () => build('array', '[]'), /must be a JSON object/],
     ['a tensor that is no object', () => build('noobj', { a: 3 }), /tensor 'a'.*got 3/],
     ['an unknown dtype', () => build('dtype', { a: { dtype: 'F4', shape: [2], data_offsets: [0, 1] } }, 1), /dtype must be one of/],
@@ -267,7 +270,7 @@ describe('folders', () => {
       message: expect.stringContaining('no weight_map'),
     });
     await expect(
-      folder('twice', '{"weight_map":{"a":"m-1.safetensors","a":"m-2.safetensors"}}').then(openSafetensorsFolder),
+      folder('indextwice', '{"weight_map":{"a":"m-1.safetensors","a":"m-2.safetensors"}}').then(openSafetensorsFolder),
     ).rejects.toMatchObject({ message: expect.stringContaining("'a' twice") });
     await expect(folder('gone', { weight_map: { a: 'm-9.safetensors' } }).then(openSafetensorsFolder)).rejects.toMatchObject({
       code: 'ERR_LC_IO',
