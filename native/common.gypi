@@ -1,4 +1,4 @@
-# Flags that every addon is compiled with. Paths in <!() and include_dirs resolve from packages/<name>/native.
+# Flags that every addon is compiled with. Commands in <!() run in packages/<name>/native; plain paths are relative to this file.
 {
   'variables': {
     'lc_cuda': '<!(node ../../../native/detect.cjs cuda)',
@@ -8,11 +8,11 @@
     'lc_version': '<!(node ../../../native/detect.cjs version)',
   },
   'target_defaults': {
-    'include_dirs': ['.', '../../../native/include', '<!(node -p "require(\'node-addon-api\').include_dir")'],
+    'include_dirs': ['include', '<!(node -p "require(\'node-addon-api\').include_dir")'],
     'defines': ['NAPI_VERSION=8', 'NODE_ADDON_API_CPP_EXCEPTIONS', 'LCTX_VERSION="<(lc_version)"'],
     'cflags!': ['-fno-exceptions'],
     'cflags_cc!': ['-fno-exceptions', '-fno-rtti', '-std=gnu++17', '-std=gnu++20'],
-    'cflags': ['-O3', '-fvisibility=hidden', '-fno-math-errno', '-Wall', '-Wextra', '-Wno-unused-parameter', '-Wno-cast-function-type'],
+    'cflags': ['-O3', '-ffp-contract=fast', '-fvisibility=hidden', '-fno-math-errno', '-Wall', '-Wextra', '-Wno-unused-parameter', '-Wno-cast-function-type', '-Wno-restrict'],
     'cflags_cc': ['-std=c++20', '-fvisibility-inlines-hidden'],
     'conditions': [
       ['lc_cuda==1', {

@@ -17,7 +17,7 @@
         'rule_name': 'nvcc',
         'extension': 'cu',
         # gyp gives rules no dependency file: headers are listed, and compiler, flags and targets are part of the object's name.
-        'inputs': ['../../../native/nvcc.cjs', '<!@(node ../../../native/sources.cjs headers)'],
+        'inputs': ['nvcc.cjs', '<!@(node ../../../native/sources.cjs headers)'],
         'outputs': ['<(INTERMEDIATE_DIR)/<(RULE_INPUT_ROOT).<(lc_nvcc_key).o'],
         'process_outputs_as_sources': 1,
         'message': 'nvcc <(RULE_INPUT_PATH)',

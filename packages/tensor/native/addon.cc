@@ -10,7 +10,9 @@
 
 namespace lctx {
 void register_ops(Napi::Env env, Napi::Object exports);
+#ifdef LCTX_WITH_CUDA
 void register_cuda(Napi::Env env, Napi::Object exports);
+#endif
 
 namespace {
 
@@ -40,6 +42,13 @@ struct EnvState {
   }
 };
 using EnvHandle = std::shared_ptr<EnvState>;
+void close_env(Napi::Env, EnvHandle* handle) {
+  {
+    std::lock_guard<std::mutex> lock((*handle)->mutex);
+    (*handle)->alive = false;
+  }
+  delete handle;
+}
 EnvHandle& state(Napi::Env env) { return *env.GetInstanceData<EnvHandle>(); }
 
 Napi::Value wrap_handle(Napi::Env env, lctx_tensor* t) {
@@ -153,28 +162,61 @@ Napi::Value dispose_handle(const Napi::CallbackInfo& info) {
   return Napi::Boolean::New(info.Env(), dispose(own_handle(info)));
 }
 
-/* buffer(handle, byteOffset, nbytes) -> ArrayBuffer over the memory; the caller detaches it when it disposes the tensor. */
+/* An ArrayBuffer given out over a tensor's memory. It holds a reference, because a typed array may outlive the JS tensor; dispose() gives that
+ * reference back at once (Node would run the buffer's own finalizer only later). */
+struct Loan {
+  lctx_tensor* tensor; /* null once given back */
+  bool finalized = false, external_gone = false;
+  void give_back() {
+    if (tensor) tensor->release(tensor);
+    tensor = nullptr;
+  }
+  void forget() {
+    if (finalized && external_gone) delete this;
+  }
+};
+
+/* buffer(handle) -> { buffer: ArrayBuffer over the whole allocation, loan: External } */
 Napi::Value buffer(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   lctx_tensor* t = own_handle(info);
-  const double offset = info[1].ToNumber().DoubleValue(), nbytes = info[2].ToNumber().DoubleValue();
   if (t->disposed) throw_type(env, "ERR_LC_DISPOSED", "data: the tensor was disposed");
   if (t->view.device.device_type == kDLCUDA) throw_type(env, "ERR_LC_DEVICE", "data: the tensor is on cuda; use read() or copy() it to the CPU");
-  if (!(offset >= 0) || !(nbytes >= 0) || offset + nbytes > static_cast<double>(t->nbytes))
-    throw_type(env, "ERR_LC_OUT_OF_BOUNDS", "data: range passes the end of the allocation");
-  if (nbytes == 0) return Napi::ArrayBuffer::New(env, 0);
-  t->retain(t);
-  napi_value result;
-  const napi_status status = napi_create_external_arraybuffer(
-      env, static_cast<char*>(t->view.data) + static_cast<size_t>(offset), static_cast<size_t>(nbytes),
-      [](napi_env, void*, void* hint) { static_cast<lctx_tensor*>(hint)->release(static_cast<lctx_tensor*>(hint)); }, t, &result);
-  if (status != napi_ok) {
-    t->release(t);
-    throw make_error(env, "ERR_LC_OUT_OF_MEMORY", "data: this Node cannot make an ArrayBuffer of that size; read it in parts with rows()");
+  Napi::Object result = Napi::Object::New(env);
+  if (t->nbytes == 0) {
+    result.Set("buffer", Napi::ArrayBuffer::New(env, 0));
+    return result;
   }
-  return Napi::Value(env, result);
+  t->retain(t);
+  auto* loan = new Loan{t};
+  napi_value array_buffer;
+  const napi_status status = napi_create_external_arraybuffer(
+      env, t->view.data, static_cast<size_t>(t->nbytes),
+      [](napi_env, void*, void* hint) {
+        auto* l = static_cast<Loan*>(hint);
+        l->give_back();
+        l->finalized = true;
+        l->forget();
+      },
+      loan, &array_buffer);
+  if (status != napi_ok) {
+    loan->give_back();
+    delete loan;
+    throw make_error(env, "ERR_LC_OUT_OF_MEMORY", "data: this Node cannot make an ArrayBuffer of that size; read it in parts with rows() and read()");
+  }
+  result.Set("buffer", Napi::Value(env, array_buffer));
+  result.Set("loan", Napi::External<Loan>::New(env, loan, [](Napi::Env, Loan* l) {
+    l->external_gone = true;
+    l->forget();
+  }));
+  return result;
 }
-void detach(const Napi::CallbackInfo& info) { napi_detach_arraybuffer(info.Env(), info[0]); }
+/* detach(buffer, loan): the typed arrays over it become empty and the reference goes. */
+void detach(const Napi::CallbackInfo& info) {
+  if (!info[1].IsExternal()) return;
+  napi_detach_arraybuffer(info.Env(), info[0]);
+  info[1].As<Napi::External<Loan>>().Data()->give_back();
+}
 
 /* memory() -> { [device]: { liveBytes, peakBytes, liveTensors, allocations, byLabel } } */
 Napi::Value memory(const Napi::CallbackInfo& info) {
@@ -352,13 +394,7 @@ constexpr bool kWithCuda = false;
 Napi::Object init_module(Napi::Env env, Napi::Object exports) {
   auto* data = new EnvHandle(std::make_shared<EnvState>());
   (*data)->env = env;
-  env.SetInstanceData<EnvHandle, [](Napi::Env, EnvHandle* handle) {
-    {
-      std::lock_guard<std::mutex> lock((*handle)->mutex);
-      (*handle)->alive = false;
-    }
-    delete handle;
-  }>(data);
+  env.SetInstanceData<EnvHandle, close_env>(data);
   const lctx_api* table = process_api();
   if (table->magic != LCTX_API_MAGIC || table->abi_major != LCTX_ABI_MAJOR)
     throw_type(env, "ERR_LC_ABI", std::string("@lc/tensor ") + own_api()->version + " (ABI v" + std::to_string(LCTX_ABI_MAJOR) +
@@ -393,7 +429,9 @@ Napi::Object init_module(Napi::Env env, Napi::Object exports) {
   exports.Set("dlpackPointer", Napi::Function::New(env, dlpack_pointer));
   exports.Set("fromDLPack", Napi::Function::New(env, from_dlpack));
   register_ops(env, exports);
+#ifdef LCTX_WITH_CUDA
   register_cuda(env, exports);
+#endif
   return exports;
 }
 

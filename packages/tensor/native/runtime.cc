@@ -15,7 +15,9 @@
 #include <string>
 
 #include "cpu_kernels.h"
+#ifdef LCTX_WITH_CUDA
 #include "cuda_runtime.h"
+#endif
 #include "memory_info.h"
 
 namespace lctx {

@@ -35,6 +35,12 @@ export interface BuildInfo {
   compiler: string;
 }
 
+/** An ArrayBuffer over an allocation, and what gives it back. */
+export interface Loan {
+  buffer: ArrayBuffer;
+  loan?: object;
+}
+
 /** What native/addon.cc exports. Ops and CUDA add theirs in gemm.ts, rowops.ts and cuda.ts. */
 export interface CoreNative {
   api: object;
@@ -56,8 +62,8 @@ export interface CoreNative {
     release?: () => void,
   ): Handle;
   pointer(handle: Handle): bigint;
-  buffer(handle: Handle, byteOffset: number, nbytes: number): ArrayBuffer;
-  detach(buffer: ArrayBuffer): void;
+  buffer(handle: Handle): Loan;
+  detach(buffer: ArrayBuffer, loan: object | undefined): void;
   memory(): Record<string, DeviceMemory>;
   resetPeak(): void;
   memInfo(deviceType: number, deviceId: number): MemInfo;

@@ -1,7 +1,7 @@
 import { arrayOver, type DType, type Device, type DeviceLike, type TypedArray, deviceOfCode, dtypeBytes, dtypeCode, dtypeOfArray, dtypeOfCode, parseDevice } from './dtype.js';
 import { LcError, LcTypeError } from './errors.js';
 import { trackLeak, untrackLeak } from './leaks.js';
-import { core, type Handle } from './native.js';
+import { core, type Handle, type Loan } from './native.js';
 
 /** One allocation, shared by a tensor and its views. */
 interface Storage {
@@ -10,8 +10,8 @@ interface Storage {
   readonly device: Device;
   readonly label: string;
   disposed: boolean;
-  /** ArrayBuffers given out over this memory; detached on dispose, so that a stale typed array is empty, not dangling. */
-  buffer: ArrayBuffer | null;
+  /** The ArrayBuffer given out over this memory; detached on dispose, so that a stale typed array is empty, not dangling. */
+  loan: Loan | null;
   /** Keeps a borrowed typed array reachable. */
   source?: unknown;
 }
@@ -149,8 +149,8 @@ export class Tensor implements Disposable {
     if (this.device.startsWith('cuda')) throw new LcTypeError('ERR_LC_DEVICE', `data: ${this} is not in CPU memory; use await tensor.read()`);
     if (!this.isContiguous) throw new LcTypeError('ERR_LC_STRIDES', `data: ${this} is strided; copy it to a contiguous tensor, or use await tensor.read()`);
     const s = this.storage;
-    s.buffer ??= core().buffer(s.handle, 0, s.nbytes);
-    return arrayOver(this.dtype, s.buffer, this.byteOffset, this.numel) as T;
+    s.loan ??= core().buffer(s.handle);
+    return arrayOver(this.dtype, s.loan.buffer, this.byteOffset, this.numel) as T;
   }
 
   /** A copy of the elements, from any device and any strides, in a new typed array. */
@@ -170,8 +170,8 @@ export class Tensor implements Disposable {
     if (this.isView || s.disposed) return;
     s.disposed = true;
     untrackLeak(s);
-    if (s.buffer) core().detach(s.buffer);
-    s.buffer = null;
+    if (s.loan) core().detach(s.loan.buffer, s.loan.loan);
+    s.loan = null;
     core().dispose(s.handle);
   }
   [Symbol.dispose](): void {
@@ -184,7 +184,7 @@ export class Tensor implements Disposable {
 }
 
 function fresh(handle: Handle, dtype: DType, shape: readonly number[], strides: readonly number[], nbytes: number, device: Device, label: string): Tensor {
-  const storage: Storage = { handle, nbytes, device, label, disposed: false, buffer: null };
+  const storage: Storage = { handle, nbytes, device, label, disposed: false, loan: null };
   const tensor = new Tensor(storage, dtype, Object.freeze(shape.slice()), Object.freeze(strides.slice()), 0, false);
   trackLeak(storage, label, nbytes);
   return tensor;
