@@ -1,6 +1,6 @@
 // `npm test`: set-up, lint, types, then every package's tests. The last line sums them: N passed, N failed, N skipped.
 import './setup.mjs';
-import { existsSync, mkdirSync, readFileSync, readdirSync, rmSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { bin, root, run } from './lib.mjs';
 
@@ -16,7 +16,10 @@ check('lint', bin('biome'), ['ci', '.']);
 check('types', bin('tsc'), ['--noEmit', '-p', 'tsconfig.json']);
 
 const total = { passed: 0, failed: 0, skipped: 0 };
-const suites = [...readdirSync(join(root, 'packages')).map((name) => ({ name, dir: join(root, 'packages', name) })), { name: 'test', dir: join(root, 'test') }];
+const suites = [
+  ...readdirSync(join(root, 'packages')).map((name) => ({ name, dir: join(root, 'packages', name) })),
+  { name: 'test', dir: join(root, 'test') },
+];
 for (const { name, dir } of suites) {
   console.log(`\n== ${name}`);
   check(`tests of ${name}`, process.execPath, [join(root, 'scripts/vitest.mjs'), name], { cwd: dir });

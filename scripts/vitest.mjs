@@ -4,4 +4,9 @@ import { bin, root, run } from './lib.mjs';
 
 const [name, ...args] = process.argv.slice(2);
 const report = join(root, '.test-reports', `${name}.json`);
-process.exit(run(bin('vitest'), ['run', '--reporter=default', '--reporter=json', `--outputFile.json=${report}`, ...args], { cwd: process.cwd(), allowFailure: true }));
+process.exit(
+  run(bin('vitest'), ['run', '--reporter=default', '--reporter=json', `--outputFile.json=${report}`, ...args], {
+    cwd: process.cwd(),
+    allowFailure: true,
+  }),
+);

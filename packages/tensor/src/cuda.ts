@@ -79,7 +79,10 @@ export function devices(): DeviceInfo[] {
 export function requireDevice(device: DeviceLike): void {
   if (parseDevice(device).type !== 2) return;
   if (!buildInfo().cuda) {
-    throw new LcError('ERR_LC_NO_PREBUILD', 'this build of @lc/tensor has no CUDA code; rebuild with LCTX_CUDA=1 and nvcc, or use device "cpu"');
+    throw new LcError(
+      'ERR_LC_NO_PREBUILD',
+      'this build of @lc/tensor has no CUDA code; rebuild with LCTX_CUDA=1 and nvcc, or use device "cpu"',
+    );
   }
   memInfo(device);
 }

@@ -40,14 +40,16 @@ interface GemmNative {
 }
 
 function checkScalars(op: string, { alpha = 1, beta = 0 }: { alpha?: number; beta?: number }): void {
-  if (!Number.isFinite(alpha) || !Number.isFinite(beta)) throw new LcTypeError('ERR_LC_ARGUMENT', `${op}: alpha and beta must be finite, got ${alpha} and ${beta}`);
+  if (!Number.isFinite(alpha) || !Number.isFinite(beta))
+    throw new LcTypeError('ERR_LC_ARGUMENT', `${op}: alpha and beta must be finite, got ${alpha} and ${beta}`);
 }
 
 /** All operands on one device; c apart from a and b. */
 function checkOperands(op: string, a: Tensor, b: Tensor, c: Tensor): void {
   if (a.device !== c.device || b.device !== c.device) {
     const devices = [a, b, c].map((t) => (t.device === 'host' ? 'cpu' : t.device));
-    if (new Set(devices).size > 1) throw new LcTypeError('ERR_LC_DEVICE', `${op}: a is on ${a.device}, b on ${b.device}, c on ${c.device}; copy them to one device`);
+    if (new Set(devices).size > 1)
+      throw new LcTypeError('ERR_LC_DEVICE', `${op}: a is on ${a.device}, b on ${b.device}, c on ${c.device}; copy them to one device`);
   }
 }
 

@@ -50,7 +50,8 @@ export class PlainExpertLinear implements ExpertLinear {
   /** @param options.weight [experts, outFeatures, inFeatures] */
   constructor(options: { weight: Tensor }) {
     const { weight } = options;
-    if (weight.shape.length !== 3) throw new LcTypeError('ERR_LC_SHAPE', `PlainExpertLinear: weight must be [experts, out, in], got ${weight}`);
+    if (weight.shape.length !== 3)
+      throw new LcTypeError('ERR_LC_SHAPE', `PlainExpertLinear: weight must be [experts, out, in], got ${weight}`);
     this.plain = weight;
     [this.numExperts, this.outFeatures, this.inFeatures] = weight.shape as [number, number, number];
   }

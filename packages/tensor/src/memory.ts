@@ -1,5 +1,5 @@
 import { type DeviceLike, parseDevice } from './dtype.js';
-import { type DeviceMemory, type MemInfo, core } from './native.js';
+import { core, type DeviceMemory, type MemInfo } from './native.js';
 
 /** Live and peak bytes that lc's allocator holds, per device and label. Borrowed memory (typed arrays, pointers, DLPack) is not counted. */
 export function memory(): { devices: Record<string, DeviceMemory> } {

@@ -75,9 +75,7 @@ export interface CoreNative {
   ): { handle: Handle; dtype: number; shape: number[]; strides: number[]; deviceType: number; deviceId: number };
 }
 
-interface NodeGypBuild {
-  (dir: string): unknown;
-}
+type NodeGypBuild = (dir: string) => unknown;
 
 /** The package folder of a file in its `src/` or `dist/`. */
 function packageRoot(from: string): string {

@@ -3,7 +3,18 @@
 type Numbers = ArrayLike<number>;
 
 /** c[m,n] = alpha op(a) op(b) + beta c */
-export function gemm(o: { a: Numbers; b: Numbers; c?: Numbers; m: number; n: number; k: number; transA?: boolean; transB?: boolean; alpha?: number; beta?: number }): Float64Array {
+export function gemm(o: {
+  a: Numbers;
+  b: Numbers;
+  c?: Numbers;
+  m: number;
+  n: number;
+  k: number;
+  transA?: boolean;
+  transB?: boolean;
+  alpha?: number;
+  beta?: number;
+}): Float64Array {
   const { a, b, c, m, n, k, transA = false, transB = false, alpha = 1, beta = 0 } = o;
   const out = new Float64Array(m * n);
   for (let i = 0; i < m; i++) {
@@ -30,7 +41,10 @@ export function rmsNorm(o: { x: Numbers; weight: Numbers; rows: number; width: n
 }
 
 /** Gradients of sum(dout * rmsNorm(x)). */
-export function rmsNormBackward(o: { x: Numbers; weight: Numbers; dout: Numbers; rows: number; width: number; eps: number }): { dx: Float64Array; dWeight: Float64Array } {
+export function rmsNormBackward(o: { x: Numbers; weight: Numbers; dout: Numbers; rows: number; width: number; eps: number }): {
+  dx: Float64Array;
+  dWeight: Float64Array;
+} {
   const { x, weight, dout, rows, width, eps } = o;
   const dx = new Float64Array(rows * width);
   const dWeight = new Float64Array(width);
@@ -45,7 +59,8 @@ export function rmsNormBackward(o: { x: Numbers; weight: Numbers; dout: Numbers;
     const variance = squares / width + eps;
     for (let j = 0; j < width; j++) {
       const at = r * width + j;
-      dx[at] = ((dout[at] as number) * (weight[j] as number)) / Math.sqrt(variance) - ((x[at] as number) * projection) / (width * variance ** 1.5);
+      dx[at] =
+        ((dout[at] as number) * (weight[j] as number)) / Math.sqrt(variance) - ((x[at] as number) * projection) / (width * variance ** 1.5);
       dWeight[j] = (dWeight[j] as number) + ((dout[at] as number) * (x[at] as number)) / Math.sqrt(variance);
     }
   }

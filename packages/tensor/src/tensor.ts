@@ -1,4 +1,16 @@
-import { arrayOver, type DType, type Device, type DeviceLike, type TypedArray, deviceOfCode, dtypeBytes, dtypeCode, dtypeOfArray, dtypeOfCode, parseDevice } from './dtype.js';
+import {
+  arrayOver,
+  type Device,
+  type DeviceLike,
+  type DType,
+  deviceOfCode,
+  dtypeBytes,
+  dtypeCode,
+  dtypeOfArray,
+  dtypeOfCode,
+  parseDevice,
+  type TypedArray,
+} from './dtype.js';
 import { LcError, LcTypeError } from './errors.js';
 import { trackLeak, untrackLeak } from './leaks.js';
 import { core, type Handle, type Loan } from './native.js';
@@ -125,7 +137,8 @@ export class Tensor implements Disposable {
       const inner = this.shape.slice(1);
       const innerPacked = packedStrides(inner);
       const rowsPacked = inner.every((size, i) => size <= 1 || this.strides[i + 1] === innerPacked[i]);
-      if (!rowsPacked || full[0] !== this.shape[0]) throw new LcTypeError('ERR_LC_STRIDES', `view: ${this} is strided; copy it to a contiguous tensor first`);
+      if (!rowsPacked || full[0] !== this.shape[0])
+        throw new LcTypeError('ERR_LC_STRIDES', `view: ${this} is strided; copy it to a contiguous tensor first`);
       strides[0] = this.strides[0] as number;
     }
     return new Tensor(this.storage, this.dtype, full, strides, this.byteOffset, true);
@@ -144,17 +157,23 @@ export class Tensor implements Disposable {
    * disposed; then it becomes empty.
    * @throws ERR_LC_DEVICE, ERR_LC_STRIDES, ERR_LC_DISPOSED
    */
-  data<T extends TypedArray = Float32Array>(): T {
+  data(): Float32Array;
+  data<T extends TypedArray>(): T;
+  data<T extends TypedArray>(): T {
     this.check('data');
-    if (this.device.startsWith('cuda')) throw new LcTypeError('ERR_LC_DEVICE', `data: ${this} is not in CPU memory; use await tensor.read()`);
-    if (!this.isContiguous) throw new LcTypeError('ERR_LC_STRIDES', `data: ${this} is strided; copy it to a contiguous tensor, or use await tensor.read()`);
+    if (this.device.startsWith('cuda'))
+      throw new LcTypeError('ERR_LC_DEVICE', `data: ${this} is not in CPU memory; use await tensor.read()`);
+    if (!this.isContiguous)
+      throw new LcTypeError('ERR_LC_STRIDES', `data: ${this} is strided; copy it to a contiguous tensor, or use await tensor.read()`);
     const s = this.storage;
     s.loan ??= core().buffer(s.handle);
     return arrayOver(this.dtype, s.loan.buffer, this.byteOffset, this.numel) as T;
   }
 
   /** A copy of the elements, from any device and any strides, in a new typed array. */
-  async read<T extends TypedArray = Float32Array>(): Promise<T> {
+  async read(): Promise<Float32Array>;
+  async read<T extends TypedArray>(): Promise<T>;
+  async read<T extends TypedArray>(): Promise<T> {
     this.check('read');
     const { copy } = await import('./copy.js');
     const { defaultStream } = await import('./cuda.js');
@@ -179,11 +198,20 @@ export class Tensor implements Disposable {
   }
 
   private check(op: string): void {
-    if (this.storage.disposed) throw new LcTypeError('ERR_LC_DISPOSED', `${op}: ${this} was disposed; keep it alive until the last use (see Scope.move)`);
+    if (this.storage.disposed)
+      throw new LcTypeError('ERR_LC_DISPOSED', `${op}: ${this} was disposed; keep it alive until the last use (see Scope.move)`);
   }
 }
 
-function fresh(handle: Handle, dtype: DType, shape: readonly number[], strides: readonly number[], nbytes: number, device: Device, label: string): Tensor {
+function fresh(
+  handle: Handle,
+  dtype: DType,
+  shape: readonly number[],
+  strides: readonly number[],
+  nbytes: number,
+  device: Device,
+  label: string,
+): Tensor {
   const storage: Storage = { handle, nbytes, device, label, disposed: false, loan: null };
   const tensor = new Tensor(storage, dtype, Object.freeze(shape.slice()), Object.freeze(strides.slice()), 0, false);
   trackLeak(storage, label, nbytes);
@@ -192,7 +220,8 @@ function fresh(handle: Handle, dtype: DType, shape: readonly number[], strides: 
 
 function allocate(shape: readonly number[], options: EmptyOptions, zero: boolean): Tensor {
   const { dtype = 'f32', label = 'unlabelled' } = options;
-  if (!(dtype in dtypeCode)) throw new LcTypeError('ERR_LC_DTYPE', `empty: dtype must be one of ${dtypeOfCode.join(', ')}, got ${String(dtype)}`);
+  if (!(dtype in dtypeCode))
+    throw new LcTypeError('ERR_LC_DTYPE', `empty: dtype must be one of ${dtypeOfCode.join(', ')}, got ${String(dtype)}`);
   const { device, type, id } = parseDevice(options.device ?? 'cpu');
   const handle = core().alloc(dtypeCode[dtype], shape, type, id, zero, label);
   return fresh(handle, dtype, shape, packedStrides(shape), product(shape) * dtypeBytes[dtype], device, label);
@@ -222,13 +251,22 @@ export function fromTypedArray(array: TypedArray, shape: readonly number[], opti
   const dtype = options.dtype ?? dtypeOfArray(array);
   const label = options.label ?? 'typed array';
   if (!dtype || !ArrayBuffer.isView(array)) {
-    throw new LcTypeError('ERR_LC_DTYPE', 'fromTypedArray: expected a Float32Array, Int32Array, BigInt64Array or Uint8Array, or a Uint16Array with dtype bf16 or f16');
+    throw new LcTypeError(
+      'ERR_LC_DTYPE',
+      'fromTypedArray: expected a Float32Array, Int32Array, BigInt64Array or Uint8Array, or a Uint16Array with dtype bf16 or f16',
+    );
   }
   if (array.BYTES_PER_ELEMENT !== dtypeBytes[dtype]) {
-    throw new LcTypeError('ERR_LC_DTYPE', `fromTypedArray: ${dtype} has ${dtypeBytes[dtype]} bytes per element, the array ${array.BYTES_PER_ELEMENT}`);
+    throw new LcTypeError(
+      'ERR_LC_DTYPE',
+      `fromTypedArray: ${dtype} has ${dtypeBytes[dtype]} bytes per element, the array ${array.BYTES_PER_ELEMENT}`,
+    );
   }
   if (product(shape) !== array.length) {
-    throw new LcTypeError('ERR_LC_SHAPE', `fromTypedArray: shape [${shape.join(',')}] needs ${product(shape)} elements, the array has ${array.length}`);
+    throw new LcTypeError(
+      'ERR_LC_SHAPE',
+      `fromTypedArray: shape [${shape.join(',')}] needs ${product(shape)} elements, the array has ${array.length}`,
+    );
   }
   const handle = core().fromTypedArray(array, dtypeCode[dtype], shape, label);
   const t = fresh(handle, dtype, shape, packedStrides(shape), array.byteLength, 'cpu', label);
@@ -250,7 +288,8 @@ export interface PointerOptions {
 export function fromPointer(options: PointerOptions): Tensor {
   const { ptr, shape, dtype, release, label = 'pointer' } = options;
   const { device, type, id } = parseDevice(options.device);
-  if (!(dtype in dtypeCode)) throw new LcTypeError('ERR_LC_DTYPE', `fromPointer: dtype must be one of ${dtypeOfCode.join(', ')}, got ${String(dtype)}`);
+  if (!(dtype in dtypeCode))
+    throw new LcTypeError('ERR_LC_DTYPE', `fromPointer: dtype must be one of ${dtypeOfCode.join(', ')}, got ${String(dtype)}`);
   const nbytes = product(shape) * dtypeBytes[dtype];
   const handle = core().fromPointer(ptr, nbytes, type, id, dtypeCode[dtype], shape, label, release);
   return fresh(handle, dtype, shape, packedStrides(shape), nbytes, device, label);

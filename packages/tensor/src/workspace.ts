@@ -1,8 +1,8 @@
-import { type Stream, defaultStream } from './cuda.js';
-import { type DType, type Device, type DeviceLike, dtypeBytes, parseDevice } from './dtype.js';
-import { LcError, LcTypeError } from './errors.js';
 import { fill } from './copy.js';
-import { type Tensor, empty } from './tensor.js';
+import { defaultStream, type Stream } from './cuda.js';
+import { type Device, type DeviceLike, type DType, dtypeBytes, parseDevice } from './dtype.js';
+import { LcError, LcTypeError } from './errors.js';
+import { empty, type Tensor } from './tensor.js';
 
 const ALIGN = 256;
 const MIN_SLAB = 1 << 20;
@@ -74,7 +74,8 @@ export class Workspace implements Disposable {
 
   /** Makes room for `bytes` in one piece. Only while empty. @throws ERR_LC_OUT_OF_MEMORY, and ERR_LC_ARGUMENT while in use */
   reserve(bytes: number): void {
-    if (this.used > 0) throw new LcTypeError('ERR_LC_ARGUMENT', `workspace '${this.label}': reserve needs an empty workspace; reset it first`);
+    if (this.used > 0)
+      throw new LcTypeError('ERR_LC_ARGUMENT', `workspace '${this.label}': reserve needs an empty workspace; reset it first`);
     if (this.slabs.length === 1 && this.capacity >= bytes) return;
     this.free();
     this.slabs = [empty([roundUp(bytes)], { dtype: 'u8', device: this.device, label: this.label })];

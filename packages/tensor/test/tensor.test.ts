@@ -1,6 +1,21 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { describe, expect, it } from 'vitest';
-import { Scope, type Tensor, copy, deviceMemory, dlpackPointer, empty, fill, fromDLPack, fromPointer, fromTypedArray, memInfo, pointerOf, toDLPack, zeros } from '../src/index.js';
+import {
+  copy,
+  deviceMemory,
+  dlpackPointer,
+  empty,
+  fill,
+  fromDLPack,
+  fromPointer,
+  fromTypedArray,
+  memInfo,
+  pointerOf,
+  Scope,
+  type Tensor,
+  toDLPack,
+  zeros,
+} from '../src/index.js';
 import { expectNoLeaks } from '../src/testing.js';
 
 expectNoLeaks();
@@ -66,7 +81,12 @@ describe('Tensor', () => {
     using t = zeros([8]);
     const forged = { handle: t.handle, meta: Float64Array.of(0, 0, 1, 9, 1), label: 'forged' } as unknown as Tensor;
     expect(code(() => fill(forged, 1))).toBe('ERR_LC_OUT_OF_BOUNDS');
-    for (const meta of [Float64Array.of(0, 0, 1, -1, 1), Float64Array.of(0, 9, 1, 1, 1), Float64Array.of(Number.NaN, 0, 1, 1, 1), Float64Array.of(0, 0, 3)]) {
+    for (const meta of [
+      Float64Array.of(0, 0, 1, -1, 1),
+      Float64Array.of(0, 9, 1, 1, 1),
+      Float64Array.of(Number.NaN, 0, 1, 1, 1),
+      Float64Array.of(0, 0, 3),
+    ]) {
       expect(code(() => fill({ ...forged, handle: t.handle, meta } as unknown as Tensor, 1))).toBe('ERR_LC_NOT_A_TENSOR');
     }
     for (const other of [{}, 5, null, { handle: {}, meta: new Float64Array(5) }]) {

@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { Workspace, deviceMemory } from '../src/index.js';
+import { deviceMemory, Workspace } from '../src/index.js';
 import { expectNoLeaks } from '../src/testing.js';
 
 expectNoLeaks();
@@ -34,7 +34,12 @@ describe('Workspace', () => {
   it('zeros are zeros', () => {
     using ws = new Workspace();
     ws.scoped(() => ws.alloc([100]).data().fill(1));
-    expect(ws.zeros([100]).data().every((v) => v === 0)).toBe(true);
+    expect(
+      ws
+        .zeros([100])
+        .data()
+        .every((v) => v === 0),
+    ).toBe(true);
   });
 
   it('a fixed one refuses to grow and says what is left', () => {
