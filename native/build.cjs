@@ -18,7 +18,11 @@ const jobs = process.env.LCTX_JOBS ?? String(availableParallelism());
 for (const folder of process.argv.slice(2)) {
   const dir = resolve(root, folder);
   const name = basename(dir);
-  execFileSync(process.execPath, [nodeGyp, '-C', join(dir, 'native'), 'configure', 'build', '-j', jobs, '--silent'], { cwd: dir, env, stdio: 'inherit' });
+  execFileSync(process.execPath, [nodeGyp, '-C', join(dir, 'native'), 'configure', 'build', '-j', jobs, '--silent'], {
+    cwd: dir,
+    env,
+    stdio: 'inherit',
+  });
   const built = join(dir, 'native/build/Release', `lc_${name.replaceAll('-', '_')}.node`);
   const out = join(dir, 'prebuilds', `${process.platform}-${process.arch}`);
   mkdirSync(out, { recursive: true });

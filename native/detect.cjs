@@ -39,12 +39,18 @@ function archs() {
   const wish = process.env.LCTX_CUDA_ARCHS;
   const list = wish === 'release' ? RELEASE_ARCHS : wish;
   if (list) {
-    const items = list.split(',').map((a) => a.trim()).filter(Boolean);
+    const items = list
+      .split(',')
+      .map((a) => a.trim())
+      .filter(Boolean);
     const bad = items.find((a) => !/^\d{2,3}[af]?$/.test(a));
     if (bad || items.length === 0) throw new Error(`[lc] LCTX_CUDA_ARCHS=${wish}: expected a list like 80,90a or 'release'`);
     return items;
   }
-  const found = run('nvidia-smi', ['--query-gpu=compute_cap', '--format=csv,noheader']).split('\n').map((line) => line.trim().replace('.', '')).filter((a) => /^\d+$/.test(a));
+  const found = run('nvidia-smi', ['--query-gpu=compute_cap', '--format=csv,noheader'])
+    .split('\n')
+    .map((line) => line.trim().replace('.', ''))
+    .filter((a) => /^\d+$/.test(a));
   const own = [...new Set(found)].map((a) => (a === '90' ? '90a' : a)).sort();
   return own.length > 0 ? own : RELEASE_ARCHS.split(',');
 }

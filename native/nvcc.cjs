@@ -8,14 +8,31 @@ const [input, output] = process.argv.slice(2);
 const targets = archs();
 const codes = targets.map((a) => `-gencode=arch=compute_${a},code=sm_${a}`);
 // `90a` code has no way forward to newer cards: PTX of the newest target without a suffix is what they compile from.
-const plain = targets.filter((a) => /^\d+$/.test(a)).sort((a, b) => Number(a) - Number(b)).at(-1);
+const plain = targets
+  .filter((a) => /^\d+$/.test(a))
+  .sort((a, b) => Number(a) - Number(b))
+  .at(-1);
 if (plain) codes.push(`-gencode=arch=compute_${plain},code=compute_${plain}`);
 mkdirSync(dirname(output), { recursive: true });
 execFileSync(
   join(cudaHome(), 'bin/nvcc'),
   [
-    '-c', input, '-o', output, ...codes, '-std=c++17', '-O3', '--threads', '2', '--compress-mode=size', '--expt-relaxed-constexpr', '-lineinfo',
-    '-DLCTX_WITH_CUDA', '-Xcompiler=-fPIC,-fvisibility=hidden', `-I${resolve('.')}`, `-I${resolve('../../../native/include')}`,
+    '-c',
+    input,
+    '-o',
+    output,
+    ...codes,
+    '-std=c++17',
+    '-O3',
+    '--threads',
+    '2',
+    '--compress-mode=size',
+    '--expt-relaxed-constexpr',
+    '-lineinfo',
+    '-DLCTX_WITH_CUDA',
+    '-Xcompiler=-fPIC,-fvisibility=hidden',
+    `-I${resolve('.')}`,
+    `-I${resolve('../../../native/include')}`,
   ],
   { stdio: 'inherit' },
 );
