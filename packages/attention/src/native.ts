@@ -1,0 +1,49 @@
+import { loadAddon, type Tensor } from '@lc/tensor';
+
+/** Memory of one forward or backward call beyond its arguments; see plan.ts. */
+export interface Scratch {
+  scratch: Tensor;
+  /** How many threads may work at once: the scratch holds a piece for each. */
+  slots: number;
+}
+
+export type Isa = 'generic' | 'avx2' | 'avx512';
+
+interface CommonArgs {
+  q: Tensor;
+  k: Tensor;
+  v: Tensor;
+  out: Tensor;
+  lse: Tensor;
+  start: number;
+  /** 0: no window. */
+  window: number;
+  sinks: Tensor | null;
+  docStart: Tensor | null;
+  scale: number;
+}
+
+/** What native/addon.cc exports. */
+export interface AttentionNative {
+  forward(args: CommonArgs & Scratch): void;
+  backward(
+    args: CommonArgs &
+      Scratch & {
+        dout: Tensor;
+        dq: Tensor;
+        dk: Tensor;
+        dv: Tensor;
+        dSinks: Tensor | null;
+        delta: Tensor;
+        partial: Tensor | null;
+        segments: number;
+      },
+  ): void;
+  rope(args: { x: Tensor; start: number; docStart: Tensor | null; invFreq: Float64Array; factor: number; transpose: boolean }): void;
+  /** f32 elements of scratch per thread. */
+  scratch(args: { headDim: number }): { forward: number; backward: number };
+  /** The instruction set that the kernels use. Tests choose another; null: this machine lacks it. */
+  isa(use?: Isa): Isa | null;
+}
+
+export const native = loadAddon<AttentionNative>({ packageName: '@lc/attention', from: import.meta.url });

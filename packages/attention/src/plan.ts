@@ -1,0 +1,119 @@
+/** Checks of arguments, and how much workspace a call takes. Pure TypeScript but for the scratch sizes, which the kernels define. */
+import { LcTypeError, numThreads, type Tensor } from '@lc/tensor';
+import { native } from './native.js';
+
+export interface AttentionShape {
+  /** Queries in the chunk, n. */
+  tokens: number;
+  heads: number;
+  kvHeads: number;
+  headDim: number;
+  /** Index of the chunk's first query in the prefix. */
+  start: number;
+  /** Default: no window. */
+  window?: number | null;
+}
+
+const MAX_SEGMENTS = 8;
+const KEYS_PER_SEGMENT = 512;
+const ALIGN = 256;
+
+/**
+ * Key ranges that the backward pass works on in parallel, each adding to its own copy of dQ. From shapes alone, never from the machine: the number
+ * and order of additions must not change with the number of threads. 16 units (K/V heads x ranges) keep 16 threads busy.
+ */
+export function backwardSegments(shape: AttentionShape): number {
+  const keys = Math.min(shape.start + shape.tokens, shape.window ? shape.tokens + shape.window - 1 : Number.POSITIVE_INFINITY);
+  return Math.max(1, Math.min(MAX_SEGMENTS, Math.ceil(16 / shape.kvHeads), Math.floor(keys / KEYS_PER_SEGMENT)));
+}
+
+const scratchOf = new Map<number, { forward: number; backward: number }>();
+/** f32 elements of scratch per thread. */
+export function scratchFloats(headDim: number): { forward: number; backward: number } {
+  let found = scratchOf.get(headDim);
+  if (!found) {
+    found = native().scratch({ headDim });
+    scratchOf.set(headDim, found);
+  }
+  return found;
+}
+
+const bytes = (floats: number): number => Math.ceil((floats * 4) / ALIGN) * ALIGN;
+
+/** Bytes that `attentionForward` and `attentionBackward` take from the workspace and give back: O(chunk), whatever the length of the prefix. */
+export function attentionWorkspaceBytes(shape: AttentionShape): { forward: number; backward: number } {
+  const scratch = scratchFloats(shape.headDim);
+  const threads = numThreads();
+  const rows = shape.tokens * shape.heads;
+  const segments = backwardSegments(shape);
+  return {
+    forward: bytes(scratch.forward * threads),
+    backward: bytes(scratch.backward * threads) + bytes(rows) + (segments > 1 ? bytes((segments - 1) * rows * shape.headDim) : 0),
+  };
+}
+
+interface Checked {
+  q: Tensor;
+  k: Tensor;
+  v: Tensor;
+  lse: Tensor;
+  start: number;
+  window?: number | null;
+  sinks?: Tensor | null;
+  docStart?: Tensor | null;
+  scale?: number;
+}
+
+const same = (a: readonly number[], b: readonly number[]): boolean => a.length === b.length && a.every((size, i) => size === b[i]);
+
+/** Throws unless `t` is f32 (or `dtype`) of this shape. */
+export function expectTensor(op: string, name: string, t: Tensor, shape: readonly number[], dtype = 'f32'): void {
+  if (t?.dtype !== dtype) throw new LcTypeError('ERR_LC_DTYPE', `${op}: ${name} must be ${dtype}[${shape.join(',')}], got ${t}`);
+  if (!same(t.shape, shape)) throw new LcTypeError('ERR_LC_SHAPE', `${op}: ${name} must be ${dtype}[${shape.join(',')}], got ${t}`);
+}
+
+/** Throws unless `start` is a valid index. */
+export function expectStart(op: string, start: number, tokens: number): void {
+  if (!Number.isInteger(start) || start < 0 || start + tokens > 0x7fffffff) {
+    throw new LcTypeError('ERR_LC_ARGUMENT', `${op}: start must be an integer from 0 (start + n at most 2^31 - 1), got ${start}`);
+  }
+}
+
+/** Checks what both passes share; returns the shape, and window and scale as the kernels take them. */
+export function checkAttention(op: string, args: Checked): { shape: AttentionShape; window: number; scale: number } {
+  const { q, k, v, start } = args;
+  for (const [name, t] of Object.entries({ q, k, v })) {
+    if (t.dtype !== 'f32') throw new LcTypeError('ERR_LC_DTYPE', `${op}: ${name} must be f32 on the CPU, got ${t}; cast it with copy`);
+    if (t.shape.length !== 3) throw new LcTypeError('ERR_LC_SHAPE', `${op}: ${name} must be [tokens, heads, headDim], got ${t}`);
+  }
+  const [tokens, heads, headDim] = q.shape as [number, number, number];
+  const [keys, kvHeads] = k.shape as [number, number, number];
+  expectTensor(op, 'k', k, [keys, kvHeads, headDim]);
+  expectTensor(op, 'v', v, k.shape);
+  if (headDim < 1 || kvHeads < 1 || heads < 1 || heads % kvHeads !== 0) {
+    throw new LcTypeError(
+      'ERR_LC_SHAPE',
+      `${op}: the heads of q (${heads}) must be a multiple of those of k and v (${kvHeads}), and headDim positive; got q ${q}, k ${k}`,
+    );
+  }
+  expectStart(op, start, tokens);
+  if (start + tokens > keys) {
+    throw new LcTypeError(
+      'ERR_LC_SHAPE',
+      `${op}: queries ${start}..${start + tokens} need as many keys, but k holds ${keys}; pass the prefix with the chunk's own keys`,
+    );
+  }
+  expectTensor(op, 'lse', args.lse, [tokens, heads]);
+  if (args.sinks) expectTensor(op, 'sinks', args.sinks, [heads]);
+  if (args.docStart) expectTensor(op, 'docStart', args.docStart, [tokens], 'i32');
+  const window = args.window ?? 0;
+  if (args.window != null && (!Number.isInteger(window) || window < 1)) {
+    throw new LcTypeError(
+      'ERR_LC_ARGUMENT',
+      `${op}: window must be a positive integer (keys that a query sees, itself included) or null, got ${args.window}`,
+    );
+  }
+  const scale = args.scale ?? 1 / Math.sqrt(headDim);
+  if (!Number.isFinite(scale)) throw new LcTypeError('ERR_LC_ARGUMENT', `${op}: scale must be finite, got ${scale}`);
+  return { shape: { tokens, heads, kvHeads, headDim, start, window: args.window ?? null }, window, scale };
+}
