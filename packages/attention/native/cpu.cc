@@ -43,13 +43,13 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 /* Cuts the visible keys into ranges of about equal work (queries that see them), at multiples of kKeys from the first. Returns how many. */
 int64_t cut_segments(const Problem& p, int64_t want, KeyRange* out) {
   const int64_t begin = first_key(p, 0), end = p.start + p.n;
-  auto work = [&](int64_t key, int64_t& last) {  // queries that see `key`: a contiguous range; `last` moves on with the key
+  auto work = [&](int64_t key, int64_t& last) -> double {  // queries that see `key`: a contiguous range; `last` moves on with the key
     int64_t stop = p.n;
     if (p.window > 0 && key - p.start + p.window < stop) stop = key - p.start + p.window;
     while (last < stop && first_key(p, last) <= key) last++;
     const int64_t first = key > p.start ? key - p.start : 0;
     const int64_t seen = (last < stop ? last : stop) - first;
-    return static_cast<double>(seen > 0 ? seen : 0) + 1.0;
+    return seen > 0 ? static_cast<double>(seen + 1) : 1.0;
   };
   double total = 0, done = 0;
   int64_t last = 0;
@@ -58,11 +58,12 @@ int64_t cut_segments(const Problem& p, int64_t want, KeyRange* out) {
   last = 0;
   out[0].begin = begin;
   for (int64_t key = begin; key < end; key += kKeys) {
-    if (count + 1 < want && key > out[count].begin && done >= total * static_cast<double>(count + 1) / static_cast<double>(want)) {
+    const double here = work(key, last), target = total * static_cast<double>(count + 1) / static_cast<double>(want);
+    if (count + 1 < want && key > out[count].begin && done + here / 2 >= target) {  // the nearer of the two cuts around the target
       out[count].end = key;
       out[++count].begin = key;
     }
-    done += work(key, last);
+    done += here;
   }
   out[count].end = end;
   return count + 1;
