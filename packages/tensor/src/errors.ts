@@ -25,6 +25,7 @@ export type LcErrorCode =
   | 'ERR_LC_OUT_OF_BOUNDS'
   | 'ERR_LC_OUT_OF_MEMORY'
   | 'ERR_LC_PLAN'
+  | 'ERR_LC_RECOMPUTE'
   | 'ERR_LC_SAFETENSORS'
   | 'ERR_LC_SHAPE'
   | 'ERR_LC_STRIDES'

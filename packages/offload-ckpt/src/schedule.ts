@@ -1,0 +1,308 @@
+import { type Layer, type LayerState, LcTypeError, type Span, type Tensor, type Workspace } from '@lc/tensor';
+import { makeSpans, requireCount } from './plan.js';
+import { drain, Pacer, type Progress, type RunOptions } from './run.js';
+import type { StoredChunk } from './slots.js';
+import { ActivationStore, type StoreOptions } from './store.js';
+import { buildPasses, type Op, type Passes, type PassPlan, prefetch, type Sweep } from './sweeps.js';
+import { RecomputeCheck } from './verify.js';
+
+/** Writes the first layer's input of a span: `out` [length, width]. */
+export type WriteInput = (out: Tensor, at: Span) => void;
+/** Reads the last layer's output and writes its gradient, both [length, width] and apart; `hidden` is valid during the call. */
+export type LossCallback = (hidden: Tensor, dHidden: Tensor, at: Span) => void;
+export type HiddenCallback = (hidden: Tensor, at: Span) => void;
+/** Reads the gradient of the first layer's input; spans come right to left. */
+export type InputGradientCallback = (dx: Tensor, at: Span) => void;
+
+export interface SequenceOptions {
+  /** Default: as many as the schedule was made for. */
+  tokens?: number;
+  /** i32 [tokens]: for each token the index of the first token of its document. null: one document. */
+  docStart?: Tensor | null;
+  /** Seed of this step's dropout; undefined: none. `forwardOnly` never drops out. */
+  dropoutSeed?: number | undefined;
+}
+
+export interface LayerScheduleOptions {
+  layers: readonly Layer[];
+  /** Longest sequence. */
+  tokens: number;
+  /** Tokens per chunk. */
+  chunk: number;
+  /** Width of the residual stream. */
+  width: number;
+  /** Workspace of the layers; its stream is the compute stream. */
+  ws: Workspace;
+  /** A store to use (it stays yours) ... */
+  store?: ActivationStore;
+  /** ... or how to make one. Default: everything on the workspace's device. */
+  storeOptions?: Omit<StoreOptions, 'layers' | 'tokens' | 'chunk' | 'width'>;
+  docStart?: Tensor | null;
+  dropoutSeed?: number | undefined;
+  /** Only `forwardOnly` will be called: two [tokens, width] buffers, no checkpoints. */
+  evaluateOnly?: boolean;
+  /** How many layer calls ahead host-tier chunks are asked for. Default 1. */
+  prefetchAhead?: number;
+  /** For tests (CPU): recompute every layer in backward and compare with the forward, bit for bit. */
+  verifyRecompute?: boolean;
+}
+
+type Handler = (op: Op, at: Span, sweep: Sweep, state: LayerState | null) => void;
+
+/**
+ * The layers x chunks schedule: the exact gradient of a whole sequence, one layer and one chunk at a time.
+ *
+ *     forward :  for layer 0..L-1 : for chunk 0..n-1 : x[l+1,c] = layer.forward(x[l,c])        (K, V of one layer at a time)
+ *     loss    :  for every chunk  : dx[L,c]
+ *     backward:  for layer L-1..0 : chunks 0..n-1: fill K, V from x[l,c];  chunks n-1..0: dx[l,c] overwrites dx[l+1,c]
+ *
+ * Layer inputs lie in an `ActivationStore`. Calls only enqueue; the `...Async` forms give control back to the event loop after every chunk, keep at
+ * most two chunks queued ahead, and stop at an AbortSignal with everything put away. After an error or abort, start again with `forward`.
+ */
+export class LayerSchedule implements Disposable {
+  readonly store: ActivationStore;
+  readonly layers: readonly Layer[];
+  private readonly ws: Workspace;
+  private readonly ownsStore: boolean;
+  private readonly ahead: number;
+  private readonly evaluateOnly: boolean;
+  private readonly check: RecomputeCheck | null;
+  private readonly pacer: Pacer;
+  private sequenceSpans: Span[] = [];
+  private evaluationSpans: Span[] = [];
+  private passes!: Passes;
+  private phase: 'idle' | 'forward' | 'loss' = 'idle';
+  private running = false;
+
+  /** @throws LcTypeError ERR_LC_ARGUMENT, ERR_LC_SHAPE; LcError ERR_LC_PLAN, ERR_LC_OUT_OF_MEMORY */
+  constructor(options: LayerScheduleOptions) {
+    const { layers, tokens, chunk, width, ws } = options;
+    if (layers.length === 0) throw new LcTypeError('ERR_LC_ARGUMENT', 'LayerSchedule: layers is empty; give at least one Layer');
+    for (const name of ['tokens', 'chunk', 'width'] as const) requireCount('LayerSchedule', name, options[name]);
+    if (options.store && options.storeOptions)
+      throw new LcTypeError('ERR_LC_ARGUMENT', 'LayerSchedule: give store or storeOptions, not both');
+    this.layers = layers;
+    this.ws = ws;
+    this.ahead = options.prefetchAhead ?? 1;
+    this.evaluateOnly = options.evaluateOnly ?? false;
+    this.ownsStore = !options.store;
+    this.store =
+      options.store ??
+      new ActivationStore({
+        device: ws.device,
+        dtype: ws.dtype,
+        computeStream: ws.stream,
+        ...options.storeOptions,
+        layersPerSegment: this.evaluateOnly ? 1 : (options.storeOptions?.layersPerSegment ?? 1),
+        layers: this.evaluateOnly ? 1 : layers.length,
+        tokens,
+        chunk,
+        width,
+      });
+    const { store } = this;
+    const wantLayers = this.evaluateOnly ? store.layers : layers.length;
+    if (store.layers !== wantLayers || store.chunk !== chunk || store.width !== width || store.tokens < tokens) {
+      throw new LcTypeError(
+        'ERR_LC_SHAPE',
+        `LayerSchedule: expected a store for ${layers.length} layers, chunks of ${chunk}, width ${width} and ${tokens} tokens or more, ` +
+          `got one for ${store.layers} layers, chunks of ${store.chunk}, width ${store.width} and ${store.tokens} tokens`,
+      );
+    }
+    this.check = null;
+    try {
+      if (options.verifyRecompute) this.check = new RecomputeCheck(store);
+      this.pacer = new Pacer(store);
+      this.begin({ tokens, docStart: options.docStart ?? null, dropoutSeed: options.dropoutSeed });
+    } catch (error) {
+      this.dispose();
+      throw error;
+    }
+  }
+
+  /** The chunks of the current sequence, left to right. */
+  get spans(): readonly Span[] {
+    return this.sequenceSpans;
+  }
+
+  /** Sets the next sequence; call it before `forward` when its length, documents or dropout seed differ. @throws LcTypeError ERR_LC_ARGUMENT, ERR_LC_SHAPE */
+  begin(options: SequenceOptions = {}): void {
+    this.refuseWhileRunning();
+    const { tokens = this.store.tokens, docStart = null, dropoutSeed } = options;
+    requireCount('LayerSchedule.begin', 'tokens', tokens);
+    if (docStart && (docStart.dtype !== 'i32' || docStart.shape.length !== 1 || docStart.shape[0] !== tokens)) {
+      throw new LcTypeError('ERR_LC_SHAPE', `LayerSchedule.begin: docStart must be i32 [${tokens}], got ${docStart}`);
+    }
+    this.store.reset(tokens);
+    const chunks = Math.ceil(tokens / this.store.chunk);
+    if (chunks !== this.sequenceSpans.length)
+      this.passes = buildPasses(this.store, this.layers.length, chunks, this.check !== null, this.evaluateOnly);
+    this.sequenceSpans = makeSpans(tokens, this.store.chunk, docStart, dropoutSeed);
+    this.evaluationSpans = makeSpans(tokens, this.store.chunk, docStart);
+    this.phase = 'idle';
+  }
+
+  /** Runs every layer over every chunk and keeps the checkpoints. */
+  forward(writeInput: WriteInput, options?: RunOptions): void {
+    drain(this.forwardSteps(writeInput), options);
+  }
+  forwardAsync(writeInput: WriteInput, options?: RunOptions): Promise<void> {
+    return this.pacer.run(this.forwardSteps(writeInput), options);
+  }
+
+  /** Hands out every chunk of the last layer's output, left to right, with the place for its gradient. After `forward`. */
+  loss(callback: LossCallback, options?: RunOptions): void {
+    drain(this.lossSteps(callback), options);
+  }
+  lossAsync(callback: LossCallback, options?: RunOptions): Promise<void> {
+    return this.pacer.run(this.lossSteps(callback), options);
+  }
+
+  /** Adds to every layer's parameter gradients. After `loss`. */
+  backward(onInputGradient?: InputGradientCallback, options?: RunOptions): void {
+    drain(this.backwardSteps(onInputGradient), options);
+  }
+  backwardAsync(onInputGradient?: InputGradientCallback, options?: RunOptions): Promise<void> {
+    return this.pacer.run(this.backwardSteps(onInputGradient), options);
+  }
+
+  /** Evaluation: no dropout, no checkpoints (two rows of the store take turns). Hands out every chunk of the last layer's output. */
+  forwardOnly(writeInput: WriteInput, onHidden: HiddenCallback, options?: RunOptions): void {
+    drain(this.forwardOnlySteps(writeInput, onHidden), options);
+  }
+  forwardOnlyAsync(writeInput: WriteInput, onHidden: HiddenCallback, options?: RunOptions): Promise<void> {
+    return this.pacer.run(this.forwardOnlySteps(writeInput, onHidden), options);
+  }
+
+  /** Frees the store if this schedule made it. On a GPU, `await schedule.store.sync()` first if a step may be in flight. */
+  dispose(): void {
+    this.check?.dispose();
+    this.pacer?.dispose();
+    if (this.ownsStore) this.store?.dispose();
+  }
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+
+  private *forwardSteps(writeInput: WriteInput): Generator<Progress> {
+    if (this.evaluateOnly)
+      throw new LcTypeError('ERR_LC_ARGUMENT', 'LayerSchedule.forward: made with evaluateOnly, it keeps no checkpoints; use forwardOnly');
+    yield* this.fromScratch(this.passes.forward, this.sequenceSpans, this.forwardHandler(writeInput, true));
+    this.phase = 'forward';
+  }
+
+  private *lossSteps(callback: LossCallback): Generator<Progress> {
+    if (this.phase !== 'forward')
+      throw new LcTypeError('ERR_LC_ARGUMENT', 'LayerSchedule.loss: no forward to take it from; call forward first');
+    this.phase = 'idle';
+    yield* this.run(this.passes.loss, this.sequenceSpans, (op, at) => {
+      const place = this.store.update(op.y as StoredChunk);
+      // The last layer's output lies where its gradient goes; a copy lets the callback write one while it reads the other.
+      this.ws.scoped(() => {
+        const hidden = this.ws.alloc(place.shape, place.dtype);
+        this.store.compute.copy(hidden, place);
+        callback(hidden, place, at);
+      });
+      this.store.commit(op.y as StoredChunk);
+    });
+    this.phase = 'loss';
+  }
+
+  private *backwardSteps(onInputGradient?: InputGradientCallback): Generator<Progress> {
+    if (this.phase !== 'loss')
+      throw new LcTypeError('ERR_LC_ARGUMENT', 'LayerSchedule.backward: no gradient to start from; call forward and loss first');
+    this.phase = 'idle';
+    const { store, ws, check } = this;
+    const again = this.forwardHandler(null, false);
+    yield* this.run(this.passes.backward, this.sequenceSpans, (op, at, sweep, state) => {
+      if (op.kind === 'recompute') return again(op, at, sweep, state);
+      const layer = this.layerOf(sweep);
+      const x = store.read(op.x as StoredChunk);
+      if (op.kind === 'fill') layer.fill(x, at, state as LayerState, ws);
+      else if (op.kind === 'verify') {
+        ws.scoped(() => {
+          const out = ws.alloc(x.shape, x.dtype);
+          layer.forward(x, out, at, state as LayerState, ws);
+          check?.compare(sweep.layer, at.start, out);
+        });
+      } else {
+        const dx = store.update(op.y as StoredChunk);
+        layer.backward(x, dx, dx, at, state as LayerState, ws);
+        if (sweep.layer === 0) onInputGradient?.(dx, at);
+        store.commit(op.y as StoredChunk);
+      }
+      store.release(op.x as StoredChunk);
+    });
+  }
+
+  private *forwardOnlySteps(writeInput: WriteInput, onHidden: HiddenCallback): Generator<Progress> {
+    const forward = this.forwardHandler(writeInput, false);
+    yield* this.fromScratch(this.passes.forwardOnly, this.evaluationSpans, (op, at, sweep, state) => {
+      if (op.kind !== 'hidden') return forward(op, at, sweep, state);
+      onHidden(this.store.read(op.x as StoredChunk), at);
+      this.store.release(op.x as StoredChunk);
+    });
+  }
+
+  /** 'input', 'forward' and 'recompute'. `keep`: outputs to verify recomputation against are kept. */
+  private forwardHandler(writeInput: WriteInput | null, keep: boolean): Handler {
+    const { store, ws, check } = this;
+    return (op, at, sweep, state) => {
+      const x = op.x ? store.read(op.x) : null;
+      const out = store.write(op.y as StoredChunk);
+      if (x) {
+        this.layerOf(sweep).forward(x, out, at, state as LayerState, ws);
+        if (keep) check?.keep(sweep.layer, at.start, out);
+        if (op.kind === 'recompute') check?.compare(sweep.layer, at.start, out);
+      } else writeInput?.(out, at);
+      if (op.x) store.release(op.x);
+      store.commit(op.y as StoredChunk);
+    };
+  }
+
+  private refuseWhileRunning(): void {
+    if (this.running) throw new LcTypeError('ERR_LC_ARGUMENT', 'LayerSchedule: a pass is running; await it first');
+  }
+
+  private layerOf(sweep: Sweep): Layer {
+    return this.layers[sweep.layer] as Layer;
+  }
+
+  private *fromScratch(pass: PassPlan, spans: readonly Span[], handler: Handler): Generator<Progress> {
+    this.refuseWhileRunning();
+    this.phase = 'idle';
+    const last = spans[spans.length - 1] as Span;
+    this.store.reset(last.start + last.length);
+    yield* this.run(pass, spans, handler);
+  }
+
+  /** Opens each sweep's layer, runs its ops, and closes it also when a callback throws or the caller stops. */
+  private *run(pass: PassPlan, spans: readonly Span[], handler: Handler): Generator<Progress> {
+    this.refuseWhileRunning();
+    this.running = true;
+    const { store, ws } = this;
+    const last = spans[spans.length - 1] as Span;
+    const total = pass.ops.length;
+    let done = 0;
+    try {
+      for (const sweep of pass.sweeps) {
+        const mark = ws.mark();
+        const layer = sweep.layer >= 0 ? this.layerOf(sweep) : null;
+        let state: LayerState | null = null;
+        try {
+          if (layer && sweep.pass) state = layer.open(last.start + last.length, sweep.pass, ws);
+          for (const op of sweep.ops) {
+            prefetch(store, pass.ops, done, this.ahead);
+            handler(op, spans[op.chunk] as Span, sweep, state);
+            done++;
+            yield { phase: op.kind, layer: sweep.layer, chunk: op.chunk, done, total };
+          }
+        } finally {
+          if (layer && state) layer.close(state);
+          ws.reset(mark);
+        }
+      }
+    } finally {
+      this.running = false;
+    }
+  }
+}

@@ -1,0 +1,108 @@
+/** The order of work of a step: pure bookkeeping, decided once. A sweep visits chunks of one layer with that layer's state open. */
+import type { Pass } from '@lc/tensor';
+import type { StoredChunk } from './slots.js';
+import type { ActivationStore } from './store.js';
+
+export type OpKind = 'input' | 'forward' | 'loss' | 'hidden' | 'verify' | 'recompute' | 'fill' | 'backward';
+
+export interface Op {
+  readonly kind: OpKind;
+  readonly chunk: number;
+  /** Read. */
+  readonly x: StoredChunk | null;
+  /** Written; for 'loss' and 'backward' read and overwritten. */
+  readonly y: StoredChunk | null;
+}
+
+export interface Sweep {
+  /** -1: no layer (input, loss, hidden). */
+  readonly layer: number;
+  readonly pass: Pass | null;
+  readonly ops: readonly Op[];
+}
+
+/** The sweeps of a pass, and all their ops in one list, to look ahead in. */
+export interface PassPlan {
+  readonly sweeps: readonly Sweep[];
+  readonly ops: readonly Op[];
+}
+
+export interface Passes {
+  forward: PassPlan;
+  loss: PassPlan;
+  backward: PassPlan;
+  forwardOnly: PassPlan;
+}
+
+const readsOutput = (op: Op): boolean => op.kind === 'backward' || op.kind === 'loss';
+
+/** What an op needs to find in the store. */
+export function needs(op: Op): StoredChunk[] {
+  const list = op.x ? [op.x] : [];
+  if (op.y && readsOutput(op)) list.push(op.y);
+  return list;
+}
+
+const plan = (sweeps: Sweep[]): PassPlan => ({ sweeps, ops: sweeps.flatMap((sweep) => sweep.ops) });
+
+/** @param evaluateOnly the store has one checkpoint row, whatever the number of layers: only `forwardOnly` has a plan. */
+export function buildPasses(store: ActivationStore, layers: number, chunks: number, verify: boolean, evaluateOnly: boolean): Passes {
+  const k = store.plan.layersPerSegment;
+  const segments = store.plan.segments;
+  const at = (row: readonly StoredChunk[] | null, c: number): StoredChunk | null => (row ? (row[c] as StoredChunk) : null);
+  type Row = readonly StoredChunk[] | null;
+
+  /** Where the input of a layer lies; the last layer's output goes where its gradient will be. */
+  const inputRow = (layer: number): Row => {
+    if (layer === layers) return store.dx;
+    const inside = layer % k;
+    return inside === 0 ? (store.checkpoints[layer / k] as StoredChunk[]) : (store.scratch[inside - 1] as StoredChunk[]);
+  };
+  const rightwards = (kind: OpKind, x: Row, y: Row): Op[] =>
+    Array.from({ length: chunks }, (_, chunk) => ({ kind, chunk, x: at(x, chunk), y: at(y, chunk) }));
+  const leftwards = (kind: OpKind, x: Row, y: Row): Op[] => rightwards(kind, x, y).reverse();
+
+  // Without checkpoints, two rows of the store take turns.
+  const turn = (layer: number): Row => (layer % 2 === 0 ? (store.checkpoints[segments - 1] as StoredChunk[]) : store.dx);
+  const forwardOnly: Sweep[] = [{ layer: -1, pass: null, ops: rightwards('input', null, turn(0)) }];
+  for (let layer = 0; layer < layers; layer++)
+    forwardOnly.push({ layer, pass: 'forward', ops: rightwards('forward', turn(layer), turn(layer + 1)) });
+  forwardOnly.push({ layer: -1, pass: null, ops: rightwards('hidden', turn(layers), null) });
+
+  if (evaluateOnly) return { forward: plan([]), loss: plan([]), backward: plan([]), forwardOnly: plan(forwardOnly) };
+
+  const forward: Sweep[] = [{ layer: -1, pass: null, ops: rightwards('input', null, inputRow(0)) }];
+  for (let layer = 0; layer < layers; layer++)
+    forward.push({ layer, pass: 'forward', ops: rightwards('forward', inputRow(layer), inputRow(layer + 1)) });
+
+  const loss: Sweep[] = [{ layer: -1, pass: null, ops: rightwards('loss', null, store.dx) }];
+
+  const backward: Sweep[] = [];
+  for (let s = segments - 1; s >= 0; s--) {
+    const first = s * k;
+    const end = Math.min(layers, first + k);
+    // The last segment's layer inputs still lie in scratch from the forward.
+    if (s < segments - 1) {
+      for (let layer = first; layer < end - 1; layer++)
+        backward.push({ layer, pass: 'forward', ops: rightwards('recompute', inputRow(layer), inputRow(layer + 1)) });
+    }
+    for (let layer = end - 1; layer >= first; layer--) {
+      if (verify) backward.push({ layer, pass: 'forward', ops: rightwards('verify', inputRow(layer), null) });
+      const ops = [...rightwards('fill', inputRow(layer), null), ...leftwards('backward', inputRow(layer), store.dx)];
+      backward.push({ layer, pass: 'backward', ops });
+    }
+  }
+
+  return { forward: plan(forward), loss: plan(loss), backward: plan(backward), forwardOnly: plan(forwardOnly) };
+}
+
+/** Before op `i` runs: asks for what it and the next `ahead` ops need, unless an op in between is to write it first. */
+export function prefetch(store: ActivationStore, ops: readonly Op[], i: number, ahead: number): void {
+  for (let j = i; j <= i + ahead && j < ops.length; j++) {
+    for (const entry of needs(ops[j] as Op)) {
+      let written = false;
+      for (let w = i; w < j; w++) if ((ops[w] as Op).y === entry) written = true;
+      if (!written) store.prefetch(entry);
+    }
+  }
+}
