@@ -47,7 +47,9 @@ function measure() {
   const turn = best(() => ropeForward({ x: q, start: 0, rope }));
   const line = (name, seconds, work) => {
     const rate = work / seconds / 1e9;
-    console.log(`  ${name}  ${(seconds * 1e3).toFixed(1).padStart(7)} ms  ${rate.toFixed(1).padStart(6)} GFLOP/s  ${((100 * rate) / peak).toFixed(0).padStart(3)}% of GEMM`);
+    console.log(
+      `  ${name}  ${(seconds * 1e3).toFixed(1).padStart(7)} ms  ${rate.toFixed(1).padStart(6)} GFLOP/s  ${((100 * rate) / peak).toFixed(0).padStart(3)}% of GEMM`,
+    );
   };
   console.log(`${numThreads()} thread${numThreads() > 1 ? 's' : ''}: f32 GEMM ${size}^3 ${peak.toFixed(1)} GFLOP/s`);
   line('forward ', forward, flops);
@@ -58,7 +60,9 @@ function measure() {
 if (process.env.ATTENTION_BENCH_CHILD) {
   measure();
 } else {
-  console.log(`${cpus()[0]?.model ?? 'unknown CPU'}: causal attention, ${tokens} tokens, ${heads}/${kvHeads} heads x ${headDim}${window ? `, window ${window}` : ''}`);
+  console.log(
+    `${cpus()[0]?.model ?? 'unknown CPU'}: causal attention, ${tokens} tokens, ${heads}/${kvHeads} heads x ${headDim}${window ? `, window ${window}` : ''}`,
+  );
   for (const threads of (process.env.THREADS ?? '1,2').split(',')) {
     execFileSync(process.execPath, [fileURLToPath(import.meta.url), ...process.argv.slice(2)], {
       stdio: 'inherit',
