@@ -7,9 +7,8 @@ import type { EventLike } from './streams.js';
 export class StoredChunk {
   /** The staging slot that holds the same bytes, if one does. */
   slot: Slot | null = null;
-  /** The slot that last wrote this home, and the one that last read it; their events order later copies. */
+  /** The slot that last wrote this home; its event orders later loads. */
   storedBy: Slot | null = null;
-  loadedBy: Slot | null = null;
   /** Written since the last `reset`. */
   valid = false;
   view: Tensor;

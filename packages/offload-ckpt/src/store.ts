@@ -147,13 +147,14 @@ export class ActivationStore implements Disposable {
     entry.slot.leased = false;
   }
 
-  /** The launches that write the chunk have been queued: starts its way home. */
+  /**
+   * The launches that write the chunk have been queued: starts its way home. An earlier load from that home is over: whoever used what it loaded ran on
+   * the compute stream, which waited for it; and what nobody used may be torn.
+   */
   commit(entry: StoredChunk): void {
     entry.valid = true;
     const { slot } = entry;
     if (entry.tier === 'device' || !slot || !this.output) return;
-    const loadedBy = entry.loadedBy;
-    if (loadedBy && loadedBy !== slot) this.output.wait(loadedBy.ready); // a copy may still be reading the old content of this home
     slot.ready.record(this.compute);
     slot.loaded = false;
     this.output.wait(slot.ready);
@@ -270,7 +271,6 @@ export class ActivationStore implements Disposable {
     slot.loaded = true;
     slot.pending = ahead;
     slot.stamp = ++this.clock;
-    entry.loadedBy = slot;
     return slot;
   }
 
