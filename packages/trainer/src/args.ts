@@ -38,17 +38,16 @@ const schema = z.strictObject({
   saveTotalLimit: count.optional(),
   /** Tokens of a chunk of the layers x chunks schedule; default from the plan. */
   chunk: count.optional(),
-  /** Tokens of an MLP tile; default from the plan. */
-  tile: count.optional(),
   /** Rows of logits alive at once; default from the plan. */
   lossChunk: count.optional(),
   /** Bytes of gradient checkpoints kept on the device; the rest lies in host memory. Default from the plan. */
   checkpointDeviceBytes: z.number().int().nonnegative().optional(),
   /** Layers per gradient checkpoint. */
   layersPerSegment: count.default(1),
+  /** Longest sequence, for the plan; default the model's maxSeqLength. */
+  maxSeqLength: count.optional(),
   /** Bytes of device memory that the run may take; default what is free. */
   vramLimit: z.number().int().positive().optional(),
-  labelSmoothingFactor: fraction.default(0),
 });
 
 /** Options of `SFTTrainer`, in transformers' names (TrainingArguments, TRL's SFTConfig). */

@@ -5,7 +5,10 @@ import { LcError } from '@lc/tensor';
 
 function ioError(what: string, cause: unknown): LcError {
   const code = (cause as NodeJS.ErrnoException).code ?? 'unknown';
-  const hint = code === 'ENOSPC' || code === 'EFBIG' || code === 'EDQUOT' ? 'free disk space or choose another output folder' : 'check the path and its permissions';
+  const hint =
+    code === 'ENOSPC' || code === 'EFBIG' || code === 'EDQUOT'
+      ? 'free disk space or choose another output folder'
+      : 'check the path and its permissions';
   return new LcError('ERR_LC_IO', `${what}: ${(cause as Error).message}; what was there before is untouched; ${hint}`, { cause });
 }
 
@@ -47,13 +50,13 @@ export const completeMarker = 'COMPLETE';
  * Fills a folder under a temporary name, writes the marker last, then renames it into place. An older folder of that name is replaced only then.
  * When `fill` throws, the temporary folder is removed and nothing else changes.
  */
-export function writeFolderAtomic(folder: string, fill: (temporary: string) => void): void {
+export async function writeFolderAtomic(folder: string, fill: (temporary: string) => Promise<void>): Promise<void> {
   const temporary = join(dirname(folder), `.${basename(folder)}.${process.pid}.tmp`);
   const old = `${temporary}.old`;
   try {
     rmSync(temporary, { recursive: true, force: true });
     mkdirSync(temporary, { recursive: true });
-    fill(temporary);
+    await fill(temporary);
     writeFileAtomic(join(temporary, completeMarker), '');
     if (existsSync(folder)) renameSync(folder, old);
     renameSync(temporary, folder);

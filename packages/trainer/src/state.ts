@@ -38,10 +38,14 @@ export function pruneCheckpoints(outputDir: string, limit: number): void {
 /** @throws ERR_LC_IO, ERR_LC_DATA when the folder is incomplete, of another run, or not a checkpoint. */
 export function readState(folder: string, fingerprint: string): TrainerState {
   if (!isComplete(folder)) {
-    throw new LcError('ERR_LC_DATA', `resume: ${folder} is not a complete checkpoint (no COMPLETE marker); choose an earlier checkpoint-N folder`);
+    throw new LcError(
+      'ERR_LC_DATA',
+      `resume: ${folder} is not a complete checkpoint (no COMPLETE marker); choose an earlier checkpoint-N folder`,
+    );
   }
   const parsed = schema.safeParse(readJson(join(folder, 'trainer_state.json')));
-  if (!parsed.success) throw new LcError('ERR_LC_DATA', `resume: ${join(folder, 'trainer_state.json')} is not a trainer state: ${parsed.error.message}`);
+  if (!parsed.success)
+    throw new LcError('ERR_LC_DATA', `resume: ${join(folder, 'trainer_state.json')} is not a trainer state: ${parsed.error.message}`);
   if (parsed.data.fingerprint !== fingerprint) {
     throw new LcError(
       'ERR_LC_CONFIG',

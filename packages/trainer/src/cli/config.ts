@@ -2,7 +2,7 @@
 import { readFileSync, statSync } from 'node:fs';
 import { dirname, isAbsolute, resolve } from 'node:path';
 import { LcError } from '@lc/tensor';
-import { LineCounter, type Node, type ParsedNode, isMap, isScalar, isSeq, parse, parseDocument } from 'yaml';
+import { isMap, isScalar, isSeq, LineCounter, type Node, type ParsedNode, parse, parseDocument } from 'yaml';
 import { z } from 'zod';
 import { lrSchedulerTypes } from '../args.js';
 import { suggest } from '../suggest.js';
@@ -17,7 +17,11 @@ const dataset = z.strictObject({
   type: z.enum(['text', 'completion', 'chat_template']).optional(),
 });
 
-const ropeScaling = z.looseObject({ rope_type: z.string().optional(), type: z.string().optional(), factor: z.number().positive().optional() });
+const ropeScaling = z.looseObject({
+  rope_type: z.string().optional(),
+  type: z.string().optional(),
+  factor: z.number().positive().optional(),
+});
 
 const schema = z.strictObject({
   base_model: z.string().min(1),
@@ -66,7 +70,10 @@ const schema = z.strictObject({
   auto_resume_from_checkpoints: z.boolean().default(false),
 
   /** Not axolotl's: where to run, and the sizes that the plan chooses by default. */
-  device: z.string().regex(/^(cpu|cuda(:\d+)?)$/, "expected 'cpu', 'cuda' or 'cuda:N'").default('cpu'),
+  device: z
+    .string()
+    .regex(/^(cpu|cuda(:\d+)?)$/, "expected 'cpu', 'cuda' or 'cuda:N'")
+    .default('cpu'),
   chunk_size: count.optional(),
   tile_size: count.optional(),
   loss_chunk_size: count.optional(),
@@ -87,7 +94,9 @@ function locate(root: ParsedNode | null, path: readonly PropertyKey[], lines: Li
   let at = root?.range?.[0];
   for (const key of path) {
     if (isMap(node)) {
-      const pair: { key: unknown; value: unknown } | undefined = node.items.find((item) => isScalar(item.key) && String(item.key.value) === String(key));
+      const pair: { key: unknown; value: unknown } | undefined = node.items.find(
+        (item) => isScalar(item.key) && String(item.key.value) === String(key),
+      );
       if (!pair) break;
       at = (pair.key as Node).range?.[0] ?? at;
       node = (pair.value as Node | null) ?? null;
@@ -155,11 +164,15 @@ export function parseConfig(text: string, file: string, sets: readonly string[] 
     }
   } else {
     const c = parsed.data;
-    if (c.adapter === 'qlora' && c.load_in_4bit === false) describe(['load_in_4bit'], 'load_in_4bit: false contradicts adapter: qlora; use adapter: lora');
-    if (c.warmup_steps !== undefined && c.warmup_ratio > 0) describe(['warmup_ratio'], 'warmup_ratio: set warmup_steps or warmup_ratio, not both');
-    if (c.lora_target_linear && c.lora_target_modules) describe(['lora_target_linear'], 'lora_target_linear: set it or lora_target_modules, not both');
+    if (c.adapter === 'qlora' && c.load_in_4bit === false)
+      describe(['load_in_4bit'], 'load_in_4bit: false contradicts adapter: qlora; use adapter: lora');
+    if (c.warmup_steps !== undefined && c.warmup_ratio > 0)
+      describe(['warmup_ratio'], 'warmup_ratio: set warmup_steps or warmup_ratio, not both');
+    if (c.lora_target_linear && c.lora_target_modules)
+      describe(['lora_target_linear'], 'lora_target_linear: set it or lora_target_modules, not both');
     if (c.test_datasets && c.val_set_size > 0) describe(['val_set_size'], 'val_set_size: set it or test_datasets, not both');
-    if (c.eval_steps && !c.test_datasets && c.val_set_size === 0) describe(['eval_steps'], 'eval_steps: nothing to evaluate on; set val_set_size or test_datasets');
+    if (c.eval_steps && !c.test_datasets && c.val_set_size === 0)
+      describe(['eval_steps'], 'eval_steps: nothing to evaluate on; set val_set_size or test_datasets');
   }
   if (problems.length > 0) {
     problems.sort((a, b) => (a.line ?? 0) - (b.line ?? 0));

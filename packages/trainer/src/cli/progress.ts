@@ -10,7 +10,11 @@ export function duration(seconds: number): string {
   if (!Number.isFinite(seconds)) return '?';
   const s = Math.round(seconds);
   const parts = [Math.floor(s / 3600), Math.floor((s % 3600) / 60), s % 60];
-  return parts[0] ? `${parts[0]}h${String(parts[1]).padStart(2, '0')}m` : parts[1] ? `${parts[1]}m${String(parts[2]).padStart(2, '0')}s` : `${s}s`;
+  return parts[0]
+    ? `${parts[0]}h${String(parts[1]).padStart(2, '0')}m`
+    : parts[1]
+      ? `${parts[1]}m${String(parts[2]).padStart(2, '0')}s`
+      : `${s}s`;
 }
 
 const stepText = (e: StepEvent): string =>
@@ -47,7 +51,10 @@ export class ProgressDisplay {
         this.done = event.step;
         this.text = stepText(event);
         if (this.bar) this.bar.update(event.step, { text: this.text });
-        else this.line(`step ${event.step}/${event.totalSteps} | ${this.text} | lr ${event.learningRate.toExponential(2)} | grad ${event.gradNorm.toFixed(3)}`);
+        else
+          this.line(
+            `step ${event.step}/${event.totalSteps} | ${this.text} | lr ${event.learningRate.toExponential(2)} | grad ${event.gradNorm.toFixed(3)}`,
+          );
         break;
       case 'eval':
         this.line(`eval  step ${event.step}: held-out loss ${event.loss.toFixed(4)} over ${event.supervisedTokens} tokens`);
@@ -60,7 +67,11 @@ export class ProgressDisplay {
         break;
       case 'end':
         this.stop();
-        this.line(event.reason === 'finished' ? `done; adapter in ${event.adapter}` : `stopped after step ${event.step}; adapter so far in ${event.adapter}`);
+        this.line(
+          event.reason === 'finished'
+            ? `done; adapter in ${event.adapter}`
+            : `stopped after step ${event.step}; adapter so far in ${event.adapter}`,
+        );
         break;
     }
   }

@@ -1,0 +1,169 @@
+/** `FastLanguageModel`: load a Hugging Face folder, put an adapter on it. Names as in Unsloth, in camelCase. */
+import { loadTokenizer, type Tokenizer } from '@lc/data';
+import {
+  attachLora,
+  type CausalLM,
+  type GenerateOptions,
+  generate,
+  loadAdapterOnto,
+  loadModel,
+  maxPositions,
+  saveAdapterOf,
+} from '@lc/models';
+import { type Device, type DeviceLike, LcError, type Parameter } from '@lc/tensor';
+import type { ModelShape } from '@lc/vram-probe';
+
+export interface FromPretrainedOptions {
+  /** Longest sequence of the run. More than the model's positions is an error unless `ropeScaling` covers it. Default: the model's. */
+  maxSeqLength?: number;
+  /** Quantize the base to NF4 (MXFP4 checkpoints keep their blocks). Default true. */
+  loadIn4bit?: boolean;
+  /** Default 'cpu'. Asking for 'cuda' where it is not available is an error, never a fallback. */
+  device?: DeviceLike;
+  /** Replaces the model's RoPE scaling, e.g. { rope_type: 'yarn', factor: 8 }. Default: the model's own, unchanged. */
+  ropeScaling?: Readonly<Record<string, unknown>>;
+  /** Tokens of an MLP tile. Default 1024. */
+  tile?: number;
+  /** A PEFT LoRA folder to load onto the model. */
+  adapter?: string;
+}
+
+export interface PeftOptions {
+  /** Rank. Default 16. */
+  r?: number;
+  /** Default 16. */
+  loraAlpha?: number;
+  loraDropout?: number;
+  /** Default q, k, v, o and, where the MLP is dense, gate, up, down; 'all-linear': every linear but the head. */
+  targetModules?: readonly string[] | 'all-linear';
+  /** Fused expert parameters, e.g. 'mlp.experts.gate_up_proj'. */
+  targetParameters?: readonly string[];
+  useRslora?: boolean;
+  /** Only 'none'. */
+  bias?: 'none';
+  /** Seed of the initial adapter. Default 3407. */
+  randomState?: number;
+}
+
+/** A loaded model, with or without an adapter. Dispose it at the end. */
+export class LanguageModel implements Disposable {
+  constructor(
+    /** The model's layers and tensors, for composing your own trainer. */
+    readonly inner: CausalLM,
+    readonly maxSeqLength: number,
+    readonly tile: number,
+  ) {}
+
+  get device(): Device {
+    return this.inner.device;
+  }
+  get parameters(): readonly Parameter[] {
+    return this.inner.parameters;
+  }
+
+  /** Dimensions, for `plan` of `@lc/vram-probe`. */
+  get shape(): ModelShape {
+    const c = this.inner.config;
+    return {
+      numHiddenLayers: c.layers.length,
+      hiddenSize: c.hiddenSize,
+      numAttentionHeads: c.numAttentionHeads,
+      numKeyValueHeads: c.numKeyValueHeads,
+      headDim: c.headDim,
+      intermediateSize: c.moe ? c.moe.intermediateSize : c.intermediateSize,
+      numExperts: c.moe?.numExperts ?? 0,
+      numExpertsPerTok: c.moe?.numExpertsPerTok ?? 0,
+      vocabSize: c.vocabSize,
+      tieWordEmbeddings: c.tieWordEmbeddings,
+    };
+  }
+
+  /** Writes the adapter in PEFT's format. @throws ERR_LC_IO, ERR_LC_ADAPTER */
+  async savePretrained(folder: string): Promise<void> {
+    await saveAdapterOf(this.inner, folder);
+  }
+
+  /** Takes an adapter's values over from a folder. @throws ERR_LC_ADAPTER listing what does not fit */
+  async loadAdapterWeights(folder: string): Promise<void> {
+    await loadAdapterOnto(this.inner, folder);
+  }
+
+  /** Continues a text: greedy unless a temperature is given. */
+  async generateText(tokenizer: Tokenizer, prompt: string, options: GenerateOptions = {}): Promise<string> {
+    return tokenizer.decode(await generate(this.inner, tokenizer.encode(prompt), options));
+  }
+
+  dispose(): void {
+    this.inner.dispose();
+  }
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}
+
+export const FastLanguageModel = {
+  /**
+   * Loads config.json, safetensors and tokenizer of a folder.
+   * @throws ERR_LC_MODEL, ERR_LC_CONFIG, ERR_LC_SAFETENSORS, ERR_LC_TOKENIZER, ERR_LC_NO_DRIVER and its kin
+   */
+  async fromPretrained(folder: string, options: FromPretrainedOptions = {}): Promise<{ model: LanguageModel; tokenizer: Tokenizer }> {
+    const { loadIn4bit = true, tile = 1024, maxSeqLength, device, ropeScaling, adapter } = options;
+    const tokenizer = loadTokenizer(folder);
+    const inner = await loadModel(folder, {
+      loadIn4bit,
+      tile,
+      ...(maxSeqLength === undefined ? {} : { maxSeqLength }),
+      ...(device === undefined ? {} : { device }),
+      ...(ropeScaling === undefined ? {} : { ropeScaling }),
+    });
+    try {
+      if (tokenizer.vocabSize > inner.config.vocabSize) {
+        throw new LcError(
+          'ERR_LC_TOKENIZER',
+          `${folder}: the tokenizer has ${tokenizer.vocabSize} tokens, the model ${inner.config.vocabSize}; they do not belong together`,
+        );
+      }
+      if (adapter) await loadAdapterOnto(inner, adapter);
+      const positions = maxPositions(inner.config);
+      return {
+        model: new LanguageModel(
+          inner,
+          maxSeqLength ?? (Number.isFinite(positions) ? positions : inner.config.maxPositionEmbeddings),
+          tile,
+        ),
+        tokenizer,
+      };
+    } catch (error) {
+      inner.dispose();
+      throw error;
+    }
+  },
+
+  /**
+   * Puts a LoRA adapter on the model, in place, and returns it.
+   * @throws ERR_LC_ADAPTER when a target matches nothing, or the model has an adapter
+   */
+  getPeftModel(model: LanguageModel, options: PeftOptions = {}): LanguageModel {
+    const {
+      r = 16,
+      loraAlpha = 16,
+      loraDropout = 0,
+      useRslora = false,
+      randomState = 3407,
+      targetModules,
+      targetParameters,
+      bias = 'none',
+    } = options;
+    if (bias !== 'none') throw new LcError('ERR_LC_ADAPTER', `getPeftModel: bias '${String(bias)}' is not supported; use 'none'`);
+    attachLora(model.inner, {
+      r,
+      loraAlpha,
+      loraDropout,
+      useRslora,
+      seed: randomState,
+      ...(targetModules === undefined ? {} : { targetModules }),
+      ...(targetParameters === undefined ? {} : { targetParameters }),
+    });
+    return model;
+  },
+};

@@ -1,0 +1,17 @@
+/** `@lc/trainer`: FastLanguageModel, SFTTrainer and the `lc` command. */
+export { lrSchedulerTypes, type ResolvedSFTConfig, type SFTConfig } from './args.js';
+export { loadConfig, parseConfig, type TrainConfig } from './cli/config.js';
+export { ProgressDisplay } from './cli/progress.js';
+export type { EndEvent, EvalEvent, PlanEvent, ProgressEvent, SaveEvent, StepEvent, TrainerEvent, WarningEvent } from './events.js';
+export { FastLanguageModel, type FromPretrainedOptions, LanguageModel, type PeftOptions } from './fast-language-model.js';
+export { formatTrainableTable, type TrainableRow, trainableTable } from './gradients.js';
+export { learningRateAt } from './schedule.js';
+export {
+  type EvalDataset,
+  SFTTrainer,
+  type SFTTrainerOptions,
+  type TrainDataset,
+  type TrainOptions,
+  type TrainOutput,
+} from './sft-trainer.js';
+export { completeCheckpoints } from './state.js';
