@@ -2,6 +2,7 @@
  * caller, as does a nested one. Workers are detached and the pool is never destroyed: process exit needs no join, and the addon is never unloaded. */
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 
 #include <algorithm>
 #include <atomic>
@@ -10,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "cpu_kernels.h"
@@ -25,6 +27,27 @@ inline void relax() {
 #endif
 }
 
+/* A cgroup's CPU quota in CPUs, or 0 for none. In a container its own cgroup is at the root of the mount. */
+double quota() {
+  double limit = 0, period = 0;
+  if (FILE* f = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {  // v2: "max 100000" when there is none
+    if (std::fscanf(f, "%lf %lf", &limit, &period) != 2) limit = 0;
+    std::fclose(f);
+  } else {
+    const auto number = [](const char* path) {
+      double value = 0;
+      if (FILE* g = std::fopen(path, "r")) {
+        if (std::fscanf(g, "%lf", &value) != 1) value = 0;
+        std::fclose(g);
+      }
+      return value;
+    };
+    limit = number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");  // v1: -1 when there is none
+    period = number("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+  }
+  return limit > 0 && period > 0 ? limit / period : 0;
+}
+
 /* CPUs this process may use: affinity, then the cgroup's quota. */
 int cpus() {
   if (const char* wish = std::getenv("LCTX_NUM_THREADS")) {
@@ -34,11 +57,7 @@ int cpus() {
   int n = static_cast<int>(std::thread::hardware_concurrency());
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
-  if (FILE* f = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
-    double quota = 0, period = 0;
-    if (std::fscanf(f, "%lf %lf", &quota, &period) == 2 && quota > 0 && period > 0) n = std::min(n, static_cast<int>(std::ceil(quota / period)));
-    std::fclose(f);
-  }
+  if (const double limit = quota(); limit > 0) n = std::min(n, static_cast<int>(std::ceil(limit)));
   return std::max(1, n);
 }
 
@@ -48,22 +67,24 @@ class Pool {
     static Pool* pool = new Pool(cpus());
     return *pool;
   }
-  int threads() const { return threads_; }
+  int threads() const { return threads_.load(std::memory_order_relaxed); }
 
   void run(int64_t begin, int64_t end, int64_t grain, lctx_range_fn fn, void* ctx) {
     const int64_t n = end - begin;
     grain = std::max<int64_t>(1, grain);
     std::unique_lock<std::mutex> lock(caller_, std::defer_lock);
-    if (threads_ == 1 || n <= grain || t_inside || !lock.try_lock()) {
+    if (n <= grain || t_inside || threads() == 1 || !lock.try_lock() || !start()) {
       fn(ctx, begin, end);
       return;
     }
-    start();
+    // Several ranges per thread, each claimed when a thread is free, so that one slow thread (another process's time slice) does not hold up the rest.
+    const int64_t pieces = std::min<int64_t>(n / grain, threads() * 4);
     fn_ = fn;
     ctx_ = ctx;
-    end_ = end;
-    chunk_ = std::max(grain, (n + threads_ * 4 - 1) / (threads_ * 4));
-    next_.store(begin, std::memory_order_relaxed);
+    begin_ = begin;
+    size_ = n;
+    pieces_ = pieces;
+    next_.store(0, std::memory_order_relaxed);
     open_.store(true);  // seq_cst, with inside_: see worker()
     generation_.fetch_add(1);
     generation_.notify_all();
@@ -71,32 +92,50 @@ class Pool {
     work();
     t_inside = false;
     open_.store(false);
-    for (int spins = 0; inside_.load() != 0; spins++) {
-      if (spins < 20000) relax();
-      else std::this_thread::yield();
+    const auto late = std::chrono::steady_clock::now() + kSpin;
+    for (int spins = 1; inside_.load() != 0; spins++) {
+      relax();
+      if (spins % 64 == 0 && std::chrono::steady_clock::now() > late) std::this_thread::yield();
     }
   }
 
  private:
+  static constexpr std::chrono::microseconds kSpin{50};
+
   explicit Pool(int threads) : threads_(threads) {
-    // After fork the child has none of the workers and unknown lock state: it goes on with one thread.
-    pthread_atfork(nullptr, nullptr, [] { Pool::get().threads_ = 1; });
+    // A forked child has none of the workers and unknown lock state: it goes on with one thread.
+    pthread_atfork(nullptr, nullptr, [] {
+      Pool::get().threads_.store(1);
+      t_inside = false;
+    });
   }
 
-  void start() {
-    if (started_) return;
-    started_ = true;
-    for (int i = 1; i < threads_; i++) {
-      std::thread worker([this] { this->worker(); });
-      worker.detach();
+  /* False when no worker could be started. */
+  bool start() {
+    if (started_) return true;
+    // Signals belong to the host's own threads.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int running = 1;
+    try {
+      for (; running < threads(); running++) std::thread([this] { worker(); }).detach();
+    } catch (const std::system_error&) {  // a limit on threads: use those there are
     }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    threads_.store(running);
+    started_ = true;
+    return running > 1;
   }
 
   void work() {
     for (;;) {
-      const int64_t at = next_.fetch_add(chunk_, std::memory_order_relaxed);
-      if (at >= end_) return;
-      fn_(ctx_, at, std::min(end_, at + chunk_));
+      const int64_t piece = next_.fetch_add(1, std::memory_order_relaxed);
+      if (piece >= pieces_) return;
+      // base + remainder spread over the first pieces: no product of sizes, and none smaller than the grain
+      const int64_t base = size_ / pieces_, extra = size_ % pieces_;
+      const int64_t at = begin_ + piece * base + std::min(piece, extra);
+      fn_(ctx_, at, at + base + (piece < extra ? 1 : 0));
     }
   }
 
@@ -106,9 +145,13 @@ class Pool {
     for (;;) {
       // Spin for a while (regions follow each other closely inside a step), then sleep.
       uint32_t now = generation_.load();
-      for (int spins = 0; now == seen && spins < 4000; spins++) {
-        relax();
-        now = generation_.load(std::memory_order_acquire);
+      if (now == seen) {
+        const auto late = std::chrono::steady_clock::now() + kSpin;
+        for (int spins = 1; now == seen; spins++) {
+          relax();
+          now = generation_.load();
+          if (spins % 64 == 0 && std::chrono::steady_clock::now() > late) break;
+        }
       }
       while (now == seen) {
         generation_.wait(seen);
@@ -123,16 +166,16 @@ class Pool {
     }
   }
 
-  int threads_;
-  bool started_ = false;
+  std::atomic<int> threads_;
+  bool started_ = false;  // under caller_
   std::mutex caller_;
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) std::atomic<bool> open_{false};
   alignas(64) std::atomic<int32_t> inside_{0};
   alignas(64) std::atomic<int64_t> next_{0};
-  lctx_range_fn fn_ = nullptr;
+  alignas(64) lctx_range_fn fn_ = nullptr;
   void* ctx_ = nullptr;
-  int64_t end_ = 0, chunk_ = 1;
+  int64_t begin_ = 0, size_ = 0, pieces_ = 0;
 };
 
 }  // namespace
