@@ -1,0 +1,57 @@
+import { loadAddon, type Tensor } from '@lc/tensor';
+
+/** Codes as in native/tiled_mlp.h. */
+export const activationCode = { silu: 0, gelu: 1, gelu_pytorch_tanh: 2, gptOss: 3 } as const;
+
+export interface GluArgs {
+  /** [rows, width]; for gpt-oss [rows, 2 * width] with gate and up interleaved. */
+  gate: Tensor;
+  up: Tensor | null;
+  activation: number;
+  limit?: number;
+  alpha?: number;
+}
+
+/** What native/addon.cc exports. */
+export interface TiledMlpNative {
+  /** out = activation(gate) * up; with `bias` [experts, 2 * width], a row's expert bias is added to gate and up in place first. */
+  glu(args: GluArgs & { out: Tensor; bias?: Tensor | null; ids?: Tensor; pairOf?: Tensor }): void;
+  /** gate and up are overwritten by their gradients. */
+  gluBackward(args: GluArgs & { dout: Tensor }): void;
+  route(args: {
+    logits: Tensor;
+    topK: number;
+    softmaxFirst: boolean;
+    normalize: boolean;
+    ids: Tensor;
+    weights: Tensor;
+    pairOf: Tensor;
+    rowOf: Tensor;
+    offsets: Tensor;
+  }): void;
+  routeBackward(args: {
+    act: Tensor;
+    dact: Tensor;
+    dy: Tensor;
+    bias: Tensor | null;
+    weights: Tensor;
+    probabilities: Tensor | null;
+    ids: Tensor;
+    rowOf: Tensor;
+    topK: number;
+    dlogits: Tensor;
+  }): void;
+  gather(args: { x: Tensor; out: Tensor; pairOf: Tensor; topK: number; weights?: Tensor }): void;
+  combine(args: {
+    y: Tensor;
+    out: Tensor;
+    rowOf: Tensor;
+    topK: number;
+    base?: Tensor | null;
+    weights?: Tensor;
+    bias?: Tensor | null;
+    ids?: Tensor;
+  }): void;
+}
+
+export const native = loadAddon<TiledMlpNative>({ packageName: '@lc/tiled-mlp', from: import.meta.url });
