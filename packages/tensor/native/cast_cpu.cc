@@ -1,12 +1,12 @@
+/* copy and fill: any dtype to any dtype, any strides. */
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "cpu_kernels.h"
 #include "half.h"
-
-#define LCTX_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 
 namespace lctx::cpu {
 namespace {
@@ -40,35 +40,19 @@ inline To convert(From v) {
 
 template <class To, class From>
 void row(To* dst, int64_t ds, const From* src, int64_t ss, int64_t n) {
-  if (ds == 1 && ss == 1) {
-    if constexpr (std::is_same_v<To, From>) {
-      std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(To));
-    } else {
-      for (int64_t i = 0; i < n; i++) dst[i] = convert<To, From>(src[i]);
-    }
-  } else {
-    for (int64_t i = 0; i < n; i++) dst[i * ds] = convert<To, From>(src[i * ss]);
+  const bool packed = ds == 1 && ss == 1;
+  if constexpr (std::is_same_v<To, From>) {
+    if (packed) return static_cast<void>(std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(To)));
+  } else if constexpr (std::is_same_v<To, float> && std::is_same_v<From, Bf16>) {
+    if (packed) return bf16_to_f32_row(dst, &src->bits, n);
+  } else if constexpr (std::is_same_v<To, float> && std::is_same_v<From, F16>) {
+    if (packed) return f16_to_f32_row(dst, &src->bits, n);
+  } else if constexpr (std::is_same_v<To, Bf16> && std::is_same_v<From, float>) {
+    if (packed) return f32_to_bf16_row(&dst->bits, src, n);
+  } else if constexpr (std::is_same_v<To, F16> && std::is_same_v<From, float>) {
+    if (packed) return f32_to_f16_row(&dst->bits, src, n);
   }
-}
-/* The two that every weight load takes, vectorised. */
-LCTX_CLONES void bf16_row(float* dst, const uint16_t* src, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {
-    const uint32_t bits = static_cast<uint32_t>(src[i]) << 16;
-    std::memcpy(dst + i, &bits, 4);
-  }
-}
-LCTX_CLONES void to_bf16_row(uint16_t* dst, const float* src, int64_t n) {
-  for (int64_t i = 0; i < n; i++) dst[i] = f32_to_bf16(src[i]);
-}
-template <>
-void row<float, Bf16>(float* dst, int64_t ds, const Bf16* src, int64_t ss, int64_t n) {
-  if (ds == 1 && ss == 1) return bf16_row(dst, reinterpret_cast<const uint16_t*>(src), n);
-  for (int64_t i = 0; i < n; i++) dst[i * ds] = bf16_to_f32(src[i * ss].bits);
-}
-template <>
-void row<Bf16, float>(Bf16* dst, int64_t ds, const float* src, int64_t ss, int64_t n) {
-  if (ds == 1 && ss == 1) return to_bf16_row(reinterpret_cast<uint16_t*>(dst), src, n);
-  for (int64_t i = 0; i < n; i++) dst[i * ds].bits = f32_to_bf16(src[i * ss]);
+  for (int64_t i = 0; i < n; i++) dst[i * ds] = convert<To, From>(src[i * ss]);
 }
 
 struct Plan {  // dimensions merged where both sides are packed; the last one is the inner loop

@@ -39,8 +39,7 @@ void fill(const CopyParams& p, double value); /* dst only */
 struct RmsNormParams { /* out = x / sqrt(mean(x^2) + eps) * weight, over `width`, for rows x groups (heads) */
   const float *x, *weight, *dout;
   float *out, *dx, *dweight; /* dweight [width] += ; may be null */
-  float* partial;            /* [partials, width] scratch for dweight */
-  int64_t rows, groups, width, ldx, ldout, lddout, lddx, partials;
+  int64_t rows, groups, width, ldx, ldout, lddout, lddx;
   float eps;
   bool accumulate; /* dx += */
 };

@@ -6,11 +6,11 @@
 #include "gemm_cpu.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "cpu_kernels.h"
 #include "gemm_micro.h"
 #include "runtime.h"
+#include "scratch.h"
 
 namespace lctx::cpu {
 namespace {
@@ -24,24 +24,6 @@ constexpr int64_t kSlack = 16;         // floats that packing may write past the
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-/* Grown once per thread; freed when the thread ends. */
-class Scratch {
- public:
-  ~Scratch() { std::free(p_); }
-  float* get(int64_t floats) {
-    if (floats > size_) {
-      std::free(p_);
-      size_ = round_up(floats, 16);
-      p_ = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(size_) * sizeof(float)));
-      if (!p_) std::abort();  // a few MiB, once per thread
-    }
-    return p_;
-  }
-
- private:
-  float* p_ = nullptr;
-  int64_t size_ = 0;
-};
 thread_local Scratch t_a, t_panel, t_block;
 
 /* Rows whose addresses differ by a multiple of a page share one set of the L1 cache: a tile's rows would evict each other. */

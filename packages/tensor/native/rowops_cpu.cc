@@ -1,20 +1,26 @@
+/* Row ops on f32. Sums go in a fixed number of lanes, or of partial sums over fixed ranges of rows, which depend on the shape alone: the bits do not
+ * depend on the number of threads. */
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "cpu_kernels.h"
 #include "half.h"
+#include "scratch.h"
 
+/* By instruction set, not by CPU model: a model's name would match one vendor only. */
 #define LCTX_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 
 namespace lctx::cpu {
 namespace {
 
-/* Rows per range: enough work to be worth waking a thread. */
-int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
+constexpr int64_t kTaskElements = 16384;  // enough to be worth waking a thread
+constexpr int64_t kSumRows = 128;         // rows per partial sum, at least
+constexpr int64_t kSums = 32;             // partial sums, at most
 
-/* Sums in 16 lanes and a fixed order: vectorised and the same bits everywhere that has the same vector width or not. */
-constexpr int kLanes = 16;
+int64_t grain(int64_t width) { return std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, width)); }
+
+constexpr int kLanes = 32;
 LCTX_CLONES float dot(const float* a, const float* b, int64_t n) {
   float lane[kLanes] = {};
   int64_t i = 0;
@@ -39,12 +45,11 @@ LCTX_CLONES void norm_row(const float* x, const float* w, float* out, float inve
   for (int64_t i = 0; i < n; i++) out[i] = x[i] * inverse * w[i];
 }
 /* dx = inverse * (dout * w - x * c), with c = inverse^2 * mean(dout * w * x) */
-LCTX_CLONES void norm_backward_row(const float* x, const float* w, const float* dout, float* dx, float inverse, float c, bool accumulate, int64_t n) {
-  if (accumulate) {
-    for (int64_t i = 0; i < n; i++) dx[i] += inverse * (dout[i] * w[i] - x[i] * c);
-  } else {
-    for (int64_t i = 0; i < n; i++) dx[i] = inverse * (dout[i] * w[i] - x[i] * c);
-  }
+LCTX_CLONES void norm_backward_row(const float* x, const float* w, const float* dout, float* dx, float inverse, float c, int64_t n) {
+  for (int64_t i = 0; i < n; i++) dx[i] = inverse * (dout[i] * w[i] - x[i] * c);
+}
+LCTX_CLONES void norm_backward_add_row(const float* x, const float* w, const float* dout, float* dx, float inverse, float c, int64_t n) {
+  for (int64_t i = 0; i < n; i++) dx[i] += inverse * (dout[i] * w[i] - x[i] * c);
 }
 LCTX_CLONES void weight_row(const float* x, const float* dout, float* dw, float inverse, int64_t n) {
   for (int64_t i = 0; i < n; i++) dw[i] += dout[i] * x[i] * inverse;
@@ -57,6 +62,39 @@ LCTX_CLONES void axpy_row(const float* a, float alpha, float* out, int64_t n) {
 }
 LCTX_CLONES void scale_row(float* out, float alpha, int64_t n) {
   for (int64_t i = 0; i < n; i++) out[i] *= alpha;
+}
+
+/* fn(a, b, out, n) over packed pieces: rows, or one long row where nothing lies between them. */
+template <class Fn>
+void elementwise(const RowsParams& p, const Fn& fn) {
+  const bool flat = p.ldout == p.width && (!p.a || p.lda == p.width) && (!p.b || p.ldb == p.width);
+  if (flat || p.rows == 1) {
+    parallel(0, p.rows * p.width, kTaskElements, [&](int64_t begin, int64_t end) {
+      fn(p.a ? p.a + begin : nullptr, p.b ? p.b + begin : nullptr, p.out + begin, end - begin);
+    });
+    return;
+  }
+  parallel(0, p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) fn(p.a ? p.a + r * p.lda : nullptr, p.b ? p.b + r * p.ldb : nullptr, p.out + r * p.ldout, p.width);
+  });
+}
+
+thread_local Scratch t_sums;
+
+/* out[width] += the sum over rows; `add(first, last, sums)` adds rows first .. last to its own zeroed sums. */
+template <class Add>
+void sum_in_parts(int64_t rows, int64_t width, float* out, const Add& add) {
+  const int64_t parts = std::clamp<int64_t>(rows / kSumRows, 1, kSums);
+  const int64_t base = rows / parts, extra = rows % parts;
+  float* sums = t_sums.get(parts * width);
+  parallel(0, parts, std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, base * width)), [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; part++) {
+      std::memset(sums + part * width, 0, static_cast<size_t>(width) * sizeof(float));
+      const int64_t first = part * base + std::min(part, extra);
+      add(first, first + base + (part < extra ? 1 : 0), sums + part * width);
+    }
+  });
+  for (int64_t part = 0; part < parts; part++) add_row(out, sums + part * width, out, width);
 }
 
 }  // namespace
@@ -74,36 +112,26 @@ void rms_norm(const RmsNormParams& p) {
 }
 
 void rms_norm_backward(const RmsNormParams& p) {
-  // dweight: a fixed number of partial sums over fixed row ranges, added in order, so its bits do not depend on the threads.
-  const int64_t parts = p.dweight ? p.partials : 1;
-  const int64_t per = (p.rows + parts - 1) / parts;
-  if (p.dweight) std::memset(p.partial, 0, static_cast<size_t>(parts * p.width) * sizeof(float));
-  auto rows = [&](int64_t begin, int64_t end, float* dw) {
+  const auto rows = [&](int64_t begin, int64_t end, float* dw) {
     for (int64_t r = begin; r < end; r++) {
       for (int64_t g = 0; g < p.groups; g++) {
         const float* x = p.x + r * p.ldx + g * p.width;
         const float* dout = p.dout + r * p.lddout + g * p.width;
+        float* dx = p.dx + r * p.lddx + g * p.width;
         const float inverse = 1.0f / std::sqrt(dot(x, x, p.width) / static_cast<float>(p.width) + p.eps);
         const float c = inverse * inverse * dot3(dout, p.weight, x, p.width) / static_cast<float>(p.width);
-        if (dw) weight_row(x, dout, dw, inverse, p.width);
-        norm_backward_row(x, p.weight, dout, p.dx + r * p.lddx + g * p.width, inverse, c, p.accumulate, p.width);
+        if (dw) weight_row(x, dout, dw, inverse, p.width);  // before dx, which may be dout or x
+        if (p.accumulate) norm_backward_add_row(x, p.weight, dout, dx, inverse, c, p.width);
+        else norm_backward_row(x, p.weight, dout, dx, inverse, c, p.width);
       }
     }
   };
-  if (!p.dweight) {
-    parallel(0, p.rows, grain(p.width * p.groups), [&](int64_t begin, int64_t end) { rows(begin, end, nullptr); });
-    return;
-  }
-  parallel(0, parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; part++) rows(part * per, std::min(p.rows, (part + 1) * per), p.partial + part * p.width);
-  });
-  for (int64_t part = 0; part < parts; part++) add_row(p.dweight, p.partial + part * p.width, p.dweight, p.width);
+  if (p.dweight) sum_in_parts(p.rows, p.width, p.dweight, rows);
+  else parallel(0, p.rows, grain(p.width * p.groups), [&](int64_t begin, int64_t end) { rows(begin, end, nullptr); });
 }
 
 void add(const RowsParams& p) {
-  parallel(0, p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) add_row(p.a + r * p.lda, p.b + r * p.ldb, p.out + r * p.ldout, p.width);
-  });
+  elementwise(p, [](const float* a, const float* b, float* out, int64_t n) { add_row(a, b, out, n); });
 }
 void add_bias(const RowsParams& p) {
   parallel(0, p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
@@ -111,21 +139,16 @@ void add_bias(const RowsParams& p) {
   });
 }
 void sum_rows(const RowsParams& p) {
-  // By column ranges: every output element is summed by one thread, in row order.
-  parallel(0, p.width, std::max<int64_t>(16, 16384 / std::max<int64_t>(1, p.rows)), [&](int64_t begin, int64_t end) {
-    if (!p.accumulate) std::memset(p.out + begin, 0, static_cast<size_t>(end - begin) * sizeof(float));
-    for (int64_t r = 0; r < p.rows; r++) add_row(p.out + begin, p.a + r * p.lda + begin, p.out + begin, end - begin);
+  if (!p.accumulate) std::memset(p.out, 0, static_cast<size_t>(p.width) * sizeof(float));
+  sum_in_parts(p.rows, p.width, p.out, [&](int64_t begin, int64_t end, float* sums) {
+    for (int64_t r = begin; r < end; r++) add_row(sums, p.a + r * p.lda, sums, p.width);
   });
 }
 void scale(const RowsParams& p) {
-  parallel(0, p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) scale_row(p.out + r * p.ldout, p.alpha, p.width);
-  });
+  elementwise(p, [&](const float*, const float*, float* out, int64_t n) { scale_row(out, p.alpha, n); });
 }
 void axpy(const RowsParams& p) {
-  parallel(0, p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) axpy_row(p.a + r * p.lda, p.alpha, p.out + r * p.ldout, p.width);
-  });
+  elementwise(p, [&](const float* a, const float*, float* out, int64_t n) { axpy_row(a, p.alpha, out, n); });
 }
 
 void embedding_gather(const EmbeddingParams& p) {
@@ -133,12 +156,10 @@ void embedding_gather(const EmbeddingParams& p) {
     for (int64_t i = begin; i < end; i++) {
       float* out = p.out + i * p.ldout;
       const int64_t at = static_cast<int64_t>(p.ids[i]) * p.ldtable;
-      if (p.dtype == LCTX_F32) {
-        std::memcpy(out, static_cast<const float*>(p.table) + at, static_cast<size_t>(p.width) * sizeof(float));
-      } else {
-        const uint16_t* row = static_cast<const uint16_t*>(p.table) + at;
-        if (p.dtype == LCTX_BF16) for (int64_t j = 0; j < p.width; j++) out[j] = bf16_to_f32(row[j]);
-        else for (int64_t j = 0; j < p.width; j++) out[j] = f16_to_f32(row[j]);
+      switch (p.dtype) {
+        case LCTX_BF16: bf16_to_f32_row(out, static_cast<const uint16_t*>(p.table) + at, p.width); break;
+        case LCTX_F16: f16_to_f32_row(out, static_cast<const uint16_t*>(p.table) + at, p.width); break;
+        default: std::memcpy(out, static_cast<const float*>(p.table) + at, static_cast<size_t>(p.width) * sizeof(float));
       }
     }
   });
@@ -146,7 +167,7 @@ void embedding_gather(const EmbeddingParams& p) {
 
 void embedding_scatter_add(const EmbeddingParams& p) {
   // By column ranges, tokens in order: no two threads touch one element, and the order is fixed.
-  parallel(0, p.width, std::max<int64_t>(16, 16384 / std::max<int64_t>(1, p.n)), [&](int64_t begin, int64_t end) {
+  parallel(0, p.width, std::max<int64_t>(16, kTaskElements / std::max<int64_t>(1, p.n)), [&](int64_t begin, int64_t end) {
     for (int64_t i = 0; i < p.n; i++) {
       float* row = p.dtable + static_cast<int64_t>(p.ids[i]) * p.ldtable;
       add_row(row + begin, p.dout + i * p.ldout + begin, row + begin, end - begin);

@@ -16,7 +16,7 @@
 
 #include "cpu_kernels.h"
 #ifdef LCTX_WITH_CUDA
-#include "cuda_runtime.h"
+#include "cuda_rt.h"
 #endif
 #include "memory_info.h"
 
@@ -212,8 +212,8 @@ int alloc_impl(const lctx_alloc_params* p, lctx_tensor** out) {
 #ifdef LCTX_WITH_CUDA
       if (cuda::device_count() > 0) {
         rc = cuda::host_alloc(padded, &a->base, &a->pinned);
-        if (!rc && p->zero) std::memset(a->base, 0, padded);
-        if (!rc && !a->pinned) { cuda::host_free(a->base, padded, false); a->base = host_memory(padded, p->zero); }
+        if (!rc && a->pinned && p->zero) std::memset(a->base, 0, padded);
+        if (!rc && !a->pinned) a->base = host_memory(padded, p->zero);
         break;
       }
 #endif

@@ -1,10 +1,30 @@
 /** Devices, streams and events. On the CPU every launch completes before it returns, so its streams and events are complete at once: same code path. */
-import { copy as copyNow } from './copy.js';
 import { type Device, type DeviceLike, parseDevice } from './dtype.js';
-import { LcError } from './errors.js';
+import { LcError, LcTypeError } from './errors.js';
 import { memInfo } from './memory.js';
-import { buildInfo } from './native.js';
+import { buildInfo, core } from './native.js';
 import type { Tensor } from './tensor.js';
+
+/** What native/cuda_addon.cc exports, in a build with CUDA code. Streams and events are cudaStream_t and cudaEvent_t as bigints. */
+interface CudaNative {
+  copy(args: { dst: Tensor; src: Tensor; stream: Stream }): void;
+  cudaDevices(): DeviceInfo[];
+  cudaRequireDevice(id: number): void;
+  cudaDefaultStream(id: number): bigint;
+  cudaStreamCreate(id: number): bigint;
+  cudaStreamDestroy(stream: bigint): void;
+  cudaStreamWait(stream: bigint, event: bigint): void;
+  cudaStreamSync(stream: bigint, id: number): Promise<void>;
+  cudaEventCreate(id: number, timing: boolean): bigint;
+  cudaEventDestroy(event: bigint): void;
+  cudaEventRecord(event: bigint, stream: bigint): void;
+  cudaEventQuery(event: bigint): boolean;
+  cudaEventSync(event: bigint, id: number): Promise<void>;
+  cudaEventElapsed(from: bigint, to: bigint): number;
+  cudaIsPinned(args: { x: Tensor }): boolean;
+  cublasLtPath(): string;
+}
+const native = (): CudaNative => core<CudaNative>();
 
 /** One device that tensors can live on. */
 export interface DeviceInfo {
@@ -14,42 +34,103 @@ export interface DeviceInfo {
   computeCapability?: string;
   totalBytes: number;
   freeBytes: number;
+  /** As nvidia-smi shows it; undefined for the CPU. */
+  uuid?: string;
+  /** CUDA version that the driver supports; undefined for the CPU. */
+  driver?: string;
 }
 
 /** Work in order on one device. */
 export class Stream implements Disposable {
   readonly device: Device;
-  constructor(device: DeviceLike = 'cpu') {
-    this.device = parseDevice(device).device;
-    if (this.device.startsWith('cuda')) requireDevice(this.device);
+  /** cudaStream_t, or 0n on the CPU. */
+  readonly handle: bigint;
+  private readonly id: number;
+  private readonly owned: boolean;
+  private closed = false;
+
+  /** @param handle an existing cudaStream_t to use; it stays its owner's. @throws ERR_LC_NO_DRIVER and its kin for cuda without a usable GPU */
+  constructor(device: DeviceLike = 'cpu', handle?: bigint) {
+    const { device: name, type, id } = parseDevice(device);
+    this.device = name;
+    this.id = id;
+    this.owned = type === 2 && handle === undefined;
+    if (type === 2) requireDevice(name);
+    this.handle = type === 2 ? (handle ?? native().cudaStreamCreate(id)) : 0n;
   }
-  /** dst = src, ordered on this stream. */
+
+  /** dst = src, ordered on this stream; between host and device asynchronous when the host side is pinned (device 'host'). */
   copy(dst: Tensor, src: Tensor): void {
-    copyNow(dst, src);
+    this.check('copy');
+    native().copy({ dst, src, stream: this });
   }
-  /** Later work of this stream starts after `event`. */
-  wait(_event: Event): void {}
-  /** Resolves when everything queued so far is done. */
-  async sync(): Promise<void> {}
-  dispose(): void {}
+
+  /** Later work of this stream starts after what `event` recorded. */
+  wait(event: Event): void {
+    this.check('wait');
+    if (this.handle && event.handle) native().cudaStreamWait(this.handle, event.handle);
+  }
+
+  /** Resolves when everything queued so far is done. @throws ERR_LC_CUDA when some of it failed */
+  async sync(): Promise<void> {
+    this.check('sync');
+    if (this.handle) await native().cudaStreamSync(this.handle, this.id);
+  }
+
+  /** The driver finishes what is queued, then frees the stream. */
+  dispose(): void {
+    if (this.closed || !this.owned) return;
+    this.closed = true;
+    native().cudaStreamDestroy(this.handle);
+  }
   [Symbol.dispose](): void {
     this.dispose();
+  }
+
+  private check(op: string): void {
+    if (this.closed) throw new LcTypeError('ERR_LC_DISPOSED', `Stream.${op}: the stream on ${this.device} was disposed`);
   }
 }
 
 /** A point in a stream. */
 export class Event implements Disposable {
   readonly device: Device;
-  constructor(device: DeviceLike = 'cpu') {
-    this.device = parseDevice(device).device;
+  /** cudaEvent_t, or 0n on the CPU. */
+  readonly handle: bigint;
+  private readonly id: number;
+  private closed = false;
+
+  constructor(device: DeviceLike = 'cpu', options: { timing?: boolean } = {}) {
+    const { device: name, type, id } = parseDevice(device);
+    this.device = name;
+    this.id = id;
+    if (type === 2) requireDevice(name);
+    this.handle = type === 2 ? native().cudaEventCreate(id, options.timing ?? false) : 0n;
   }
-  record(_stream: Stream): void {}
+
+  record(stream: Stream): void {
+    if (this.handle) native().cudaEventRecord(this.handle, stream.handle);
+  }
+
   /** Whether everything before it is done. */
   query(): boolean {
-    return true;
+    return this.handle ? native().cudaEventQuery(this.handle) : true;
   }
-  async sync(): Promise<void> {}
-  dispose(): void {}
+
+  async sync(): Promise<void> {
+    if (this.handle) await native().cudaEventSync(this.handle, this.id);
+  }
+
+  /** Milliseconds of device time from `earlier` to this event; both made with `timing`, both done. */
+  elapsedSince(earlier: Event): number {
+    return this.handle ? native().cudaEventElapsed(earlier.handle, this.handle) : 0;
+  }
+
+  dispose(): void {
+    if (this.closed || !this.handle) return;
+    this.closed = true;
+    native().cudaEventDestroy(this.handle);
+  }
   [Symbol.dispose](): void {
     this.dispose();
   }
@@ -59,30 +140,43 @@ const streams = new Map<Device, Stream>();
 
 /** The compute stream that a device's workspaces use unless told otherwise. */
 export function defaultStream(device: DeviceLike = 'cpu'): Stream {
-  const { device: name } = parseDevice(device);
+  const { device: name, type, id } = parseDevice(device);
   const key = name === 'host' ? 'cpu' : name;
   let stream = streams.get(key);
   if (!stream) {
-    stream = new Stream(key);
+    if (type === 2) requireDevice(key);
+    stream = type === 2 ? new Stream(key, native().cudaDefaultStream(id)) : new Stream('cpu');
     streams.set(key, stream);
   }
   return stream;
 }
 
-/** The CPU, and every usable GPU. */
+/** The CPU, and every usable GPU. Without a driver: the CPU only. */
 export function devices(): DeviceInfo[] {
   const { freeBytes, totalBytes } = memInfo('cpu');
-  return [{ device: 'cpu', name: 'CPU', totalBytes, freeBytes }];
+  const cpu: DeviceInfo = { device: 'cpu', name: 'CPU', totalBytes, freeBytes };
+  return buildInfo().cuda ? [cpu, ...native().cudaDevices()] : [cpu];
 }
 
 /** @throws ERR_LC_NO_PREBUILD, ERR_LC_NO_DRIVER, ERR_LC_DRIVER_TOO_OLD, ERR_LC_NO_DEVICE or ERR_LC_NO_KERNEL_IMAGE with the fix */
 export function requireDevice(device: DeviceLike): void {
-  if (parseDevice(device).type !== 2) return;
+  const { type, id } = parseDevice(device);
+  if (type !== 2) return;
   if (!buildInfo().cuda) {
     throw new LcError(
       'ERR_LC_NO_PREBUILD',
       'this build of @lc/tensor has no CUDA code; rebuild with LCTX_CUDA=1 and nvcc, or use device "cpu"',
     );
   }
-  memInfo(device);
+  native().cudaRequireDevice(id);
+}
+
+/** Whether a 'host' tensor's memory is pinned: then copies to and from a GPU run beside the CPU and at full speed. */
+export function isPinned(t: Tensor): boolean {
+  return buildInfo().cuda && native().cudaIsPinned({ x: t });
+}
+
+/** Path of the cuBLASLt that GEMM uses, or null: then lc's own kernels do. */
+export function cublasLt(): string | null {
+  return buildInfo().cuda ? native().cublasLtPath() || null : null;
 }

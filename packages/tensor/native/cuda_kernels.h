@@ -1,0 +1,70 @@
+/* Launchers of @lc/tensor's CUDA kernels: plain structs, streams as void*, CUDA statuses as int (0 = launched). */
+#ifndef LCTX_CUDA_KERNELS_H
+#define LCTX_CUDA_KERNELS_H
+#include "cpu_kernels.h"
+#include "lctx/abi.h"
+
+namespace lctx::cuda {
+
+/* Whether this build has code for the current device. */
+int probe_kernel_image();
+
+/* Strided copy with cast, on one device. `src_stride0`: every element of src is its first (fill). */
+int launch_copy(const cpu::CopyParams& p, void* stream);
+
+/* Rows of f32 or bf16; arithmetic in f32. A tensor's dtype is LCTX_F32 or LCTX_BF16. */
+struct RowTensor {
+  void* data;
+  int32_t dtype;
+  int64_t ld;
+};
+struct NormLaunch {
+  RowTensor x, weight, dout, out, dx;
+  float* dweight; /* f32 [width] += ; needs `partial` f32 [partials, width] */
+  float* partial;
+  int64_t rows, groups, width, partials;
+  float eps;
+  bool accumulate;
+};
+int launch_rms_norm(const NormLaunch& p, void* stream);
+int launch_rms_norm_backward(const NormLaunch& p, void* stream);
+
+struct RowsLaunch {
+  RowTensor a, b, out; /* b: a row for add_bias */
+  int64_t rows, width;
+  float alpha;
+  bool accumulate;
+};
+int launch_add(const RowsLaunch& p, void* stream);      /* out = a + b */
+int launch_add_bias(const RowsLaunch& p, void* stream); /* out += b[width] */
+int launch_sum_rows(const RowsLaunch& p, void* stream); /* out[width] (+)= sum of rows of a */
+int launch_scale(const RowsLaunch& p, void* stream);    /* out *= alpha */
+int launch_axpy(const RowsLaunch& p, void* stream);     /* out += alpha a */
+
+struct EmbeddingLaunch {
+  RowTensor table, rows; /* scatter: table is f32 and added to */
+  const int32_t* ids;
+  int64_t n, vocab, width;
+};
+int launch_embedding_gather(const EmbeddingLaunch& p, void* stream); /* ids outside the table give NaN rows: the host cannot look */
+int launch_embedding_scatter_add(const EmbeddingLaunch& p, void* stream);
+
+/* One GEMM or a group of them; see lctx_gemm_params and lctx_grouped_gemm_params. */
+struct GemmLaunch {
+  const void *a, *b;
+  void* c;
+  int64_t m, n, k, lda, ldb, ldc, stride_b, stride_c;
+  float alpha, beta;
+  bool trans_a, trans_b, c_f32;
+  const int32_t* offsets; /* null: a single GEMM */
+  int32_t experts, mode;  /* mode 0: rows of expert e are offsets[e].. of a and c; mode 1: they are the k of c_e */
+};
+int launch_gemm_bf16(const GemmLaunch& p, void* stream); /* mma.sync, sm_80 and up, at most 96 KiB of shared memory */
+int launch_gemm_f32(const GemmLaunch& p, void* stream);  /* FFMA: full f32 */
+
+/* cuBLASLt, if this machine has it: 0 done, 1 not available (the caller takes its own kernel), -1 error set. */
+int cublaslt_gemm(const lctx_gemm_params* p, void* stream);
+const char* cublaslt_path(); /* "" when not found */
+
+}  // namespace lctx::cuda
+#endif

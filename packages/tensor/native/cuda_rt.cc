@@ -1,0 +1,225 @@
+#ifdef LCTX_WITH_CUDA
+#include "cuda_rt.h"
+
+#include <cuda_runtime.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "cpu_kernels.h"
+#include "cuda_kernels.h"
+#include "runtime.h"
+
+#ifndef LCTX_CUDA_TARGETS
+#define LCTX_CUDA_TARGETS "?"
+#endif
+
+namespace lctx::cuda {
+namespace {
+
+constexpr int kMaxDevices = 64;
+constexpr int kMinDriver = 13000;  // CUDA 13: R580
+
+struct Device {
+  std::mutex mutex;
+  bool checked = false;
+  cudaMemPool_t pool = nullptr;
+  cudaStream_t stream = nullptr;
+};
+Device& device_state(int device) {
+  static auto* all = new Device[kMaxDevices];  // never destroyed: frees may come during process exit
+  return all[device];
+}
+
+int fail(const char* code, const std::string& message) { return set_error(code, message.c_str()); }
+
+int driver_version() {
+  int version = 0;
+  if (cudaDriverGetVersion(&version) != cudaSuccess) version = 0;
+  cudaGetLastError();
+  return version;
+}
+
+/* Makes a device current for this scope. */
+struct Current {
+  int before = -1;
+  explicit Current(int device) {
+    if (cudaGetDevice(&before) != cudaSuccess) before = -1;
+    if (before != device) cudaSetDevice(device);
+    else before = -1;
+  }
+  ~Current() {
+    if (before >= 0) cudaSetDevice(before);
+  }
+};
+
+std::string gib(uint64_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2f GiB", static_cast<double>(bytes) / (1u << 30));
+  return text;
+}
+
+}  // namespace
+
+int status(int error, const char* what) {
+  if (error == cudaSuccess) return 0;
+  cudaGetLastError();
+  const auto e = static_cast<cudaError_t>(error);
+  return fail(e == cudaErrorMemoryAllocation ? "ERR_LC_OUT_OF_MEMORY" : "ERR_LC_CUDA",
+              std::string(what) + ": " + cudaGetErrorName(e) + ": " + cudaGetErrorString(e));
+}
+
+int device_count() {
+  static const int count = [] {
+    int n = 0;
+    if (driver_version() < kMinDriver || cudaGetDeviceCount(&n) != cudaSuccess) n = 0;
+    cudaGetLastError();
+    return std::min(n, kMaxDevices);
+  }();
+  return count;
+}
+
+int check(int device) {
+  const int driver = driver_version();
+  if (driver == 0) return fail("ERR_LC_NO_DRIVER", "no NVIDIA driver on this machine; install driver R580 or newer (nvidia-smi shows it), or use device 'cpu'");
+  if (driver < kMinDriver)
+    return fail("ERR_LC_DRIVER_TOO_OLD", "the NVIDIA driver supports CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
+                                             ", lc needs CUDA 13 (driver R580 or newer); update the driver, or use device 'cpu'");
+  if (device < 0 || device >= device_count())
+    return fail("ERR_LC_NO_DEVICE", "cuda:" + std::to_string(device) + " is not there: the driver shows " + std::to_string(device_count()) +
+                                        " GPUs; check CUDA_VISIBLE_DEVICES, or use device 'cpu'");
+  Device& d = device_state(device);
+  std::lock_guard<std::mutex> lock(d.mutex);
+  if (d.checked) return 0;
+  Current current(device);
+  const int probe = probe_kernel_image();
+  if (probe == cudaErrorNoKernelImageForDevice || probe == cudaErrorInvalidDeviceFunction) {
+    cudaGetLastError();
+    cudaDeviceProp p;
+    cudaGetDeviceProperties(&p, device);
+    return fail("ERR_LC_NO_KERNEL_IMAGE", std::string(p.name) + " has compute capability " + std::to_string(p.major) + "." + std::to_string(p.minor) +
+                                              ", this build has code for " LCTX_CUDA_TARGETS "; rebuild with LCTX_CUDA_ARCHS=" +
+                                              std::to_string(p.major * 10 + p.minor) + ", or install a release build");
+  }
+  if (status(probe, "first CUDA call")) return -1;
+  cudaMemPoolProps props{};
+  props.allocType = cudaMemAllocationTypePinned;
+  props.location = {cudaMemLocationTypeDevice, {device}};
+  if (status(cudaMemPoolCreate(&d.pool, &props), "cudaMemPoolCreate")) return -1;
+  uint64_t keep = UINT64_MAX;  // freed memory stays ours: no allocation inside a step reaches the driver
+  cudaMemPoolSetAttribute(d.pool, cudaMemPoolAttrReleaseThreshold, &keep);
+  if (status(cudaStreamCreateWithFlags(&d.stream, cudaStreamNonBlocking), "cudaStreamCreate")) return -1;
+  d.checked = true;
+  return 0;
+}
+
+int device_info(int device, DeviceInfo* out) {
+  if (check(device)) return -1;
+  cudaDeviceProp p;
+  if (status(cudaGetDeviceProperties(&p, device), "cudaGetDeviceProperties")) return -1;
+  out->name = p.name;
+  char uuid[48];
+  const auto* b = reinterpret_cast<const unsigned char*>(p.uuid.bytes);
+  std::snprintf(uuid, sizeof uuid, "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7],
+                b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
+  out->uuid = uuid;
+  out->major = p.major;
+  out->minor = p.minor;
+  out->driver = driver_version();
+  cudaRuntimeGetVersion(&out->runtime);
+  return mem_info(device, &out->free_bytes, &out->total_bytes);
+}
+
+int mem_info(int device, uint64_t* free_bytes, uint64_t* total_bytes) {
+  if (check(device)) return -1;
+  Current current(device);
+  size_t f = 0, t = 0;
+  if (status(cudaMemGetInfo(&f, &t), "cudaMemGetInfo")) return -1;
+  // What the pool holds but nobody uses is free to us.
+  uint64_t reserved = 0, used = 0;
+  cudaMemPoolGetAttribute(device_state(device).pool, cudaMemPoolAttrReservedMemCurrent, &reserved);
+  cudaMemPoolGetAttribute(device_state(device).pool, cudaMemPoolAttrUsedMemCurrent, &used);
+  *free_bytes = f + (reserved - used);
+  *total_bytes = t;
+  return 0;
+}
+
+int alloc(int device, size_t bytes, void* stream, bool zero, void** out) {
+  if (check(device)) return -1;
+  Current current(device);
+  const auto s = static_cast<cudaStream_t>(stream);
+  Device& d = device_state(device);
+  cudaError_t e = cudaMallocFromPoolAsync(out, bytes, d.pool, s);
+  if (e == cudaErrorMemoryAllocation) {
+    // Frees that other streams have not reached yet may be what is missing.
+    cudaGetLastError();
+    cudaDeviceSynchronize();
+    cudaMemPoolTrimTo(d.pool, 0);
+    e = cudaMallocFromPoolAsync(out, bytes, d.pool, s);
+  }
+  if (e == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    uint64_t f = 0, t = 0;
+    mem_info(device, &f, &t);
+    return fail("ERR_LC_OUT_OF_MEMORY", "allocating " + gib(bytes) + " failed on cuda:" + std::to_string(device) + ": " + gib(f) + " of " + gib(t) +
+                                            " free; use a shorter sequence or smaller chunks, or free memory (memory() lists what lc holds)");
+  }
+  if (status(e, "cudaMallocAsync")) return -1;
+  return zero ? status(cudaMemsetAsync(*out, 0, bytes, s), "cudaMemsetAsync") : 0;
+}
+
+void free(int device, void* p, void* stream) {
+  Current current(device);
+  cudaFreeAsync(p, static_cast<cudaStream_t>(stream));  // at process exit this fails (cudaErrorCudartUnloading), and so it should
+  cudaGetLastError();
+}
+
+int host_alloc(size_t bytes, void** out, bool* pinned) {
+  *out = nullptr;
+  *pinned = false;
+  // cudaHostAlloc touches its pages one by one. Huge pages touched by all threads and then registered take a tenth of the time.
+  constexpr size_t kHuge = 2u << 20;
+  const size_t size = (bytes + kHuge - 1) / kHuge * kHuge;
+  if (check(0)) return -1;
+  void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) return 0;
+  madvise(p, size, MADV_HUGEPAGE);
+  char* bytes_at = static_cast<char*>(p);
+  cpu::parallel(0, static_cast<int64_t>(size / 4096), 16384, [&](int64_t begin, int64_t end) {
+    for (int64_t page = begin; page < end; page++) bytes_at[page * 4096] = 0;
+  });
+  Current current(0);
+  if (cudaHostRegister(p, size, cudaHostRegisterPortable) != cudaSuccess) {
+    cudaGetLastError();
+    munmap(p, size);
+    return 0;
+  }
+  *out = p;
+  *pinned = true;
+  return 0;
+}
+
+void host_free(void* p, size_t bytes, bool pinned) {
+  if (!p || !pinned) return;
+  constexpr size_t kHuge = 2u << 20;
+  cudaHostUnregister(p);  // waits for copies in flight
+  cudaGetLastError();
+  munmap(p, (bytes + kHuge - 1) / kHuge * kHuge);
+}
+
+int default_stream(int device, void** out) {
+  if (check(device)) return -1;
+  *out = device_state(device).stream;
+  return 0;
+}
+
+int copy_async(void* dst, const void* src, size_t bytes, void* stream) {
+  return bytes ? status(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)), "cudaMemcpyAsync") : 0;
+}
+
+}  // namespace lctx::cuda
+#endif
