@@ -1,7 +1,19 @@
 import { type RopeTable, ropeInit } from '@lc/attention';
-import { type Device, type Parameter, type Scope, type Tensor, type Workspace, embeddingGather, gemm, rmsNorm, rmsNormBackward } from '@lc/tensor';
+import type { PeftConfig } from '@lc/qlora';
+import {
+  type Device,
+  embeddingGather,
+  gemm,
+  type Parameter,
+  rmsNorm,
+  rmsNormBackward,
+  type Scope,
+  type Tensor,
+  type Workspace,
+} from '@lc/tensor';
 import type { ModelConfig } from './config.js';
 import type { DecoderLayer } from './layer.js';
+import type { ExpertModule, LinearModule } from './modules.js';
 
 /** The tensors and layers a model is made of; `CausalLM` owns what `scope` holds. */
 export interface CausalLMParts {
@@ -15,6 +27,10 @@ export interface CausalLMParts {
   readonly finalNorm: Tensor;
   /** [vocab, hidden]; the embedding itself where the model ties them. */
   readonly lmHead: Tensor;
+  /** Linears that `attachLora` may target. */
+  readonly linearModules: readonly LinearModule[];
+  /** Fused experts that it may target. */
+  readonly expertModules: readonly ExpertModule[];
   readonly scope: Scope;
 }
 
@@ -27,6 +43,10 @@ export class CausalLM implements Disposable {
   readonly layers: readonly DecoderLayer[];
   readonly finalNorm: Tensor;
   readonly lmHead: Tensor;
+  readonly linearModules: readonly LinearModule[];
+  readonly expertModules: readonly ExpertModule[];
+  /** Of the adapter that `attachLora` put on; null: the base alone. */
+  adapterConfig: PeftConfig | null = null;
   private readonly scope: Scope;
   private table: RopeTable | null = null;
   private tableLength = 0;
@@ -39,6 +59,8 @@ export class CausalLM implements Disposable {
     this.layers = parts.layers;
     this.finalNorm = parts.finalNorm;
     this.lmHead = parts.lmHead;
+    this.linearModules = parts.linearModules;
+    this.expertModules = parts.expertModules;
     this.scope = parts.scope;
   }
 
@@ -90,6 +112,11 @@ export class CausalLM implements Disposable {
       this.finalNormForward(hidden, normed);
       gemm({ a: normed, b: this.lmHead, c: out, transB: true });
     });
+  }
+
+  /** Hands something over, to be disposed with the model. */
+  own<T extends Disposable>(item: T): T {
+    return this.scope.own(item);
   }
 
   /** Frees every tensor of the model, adapters included. */

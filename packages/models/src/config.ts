@@ -1,7 +1,8 @@
 import fs from 'node:fs';
 import { join } from 'node:path';
-import { type RopeConfig, parseRopeConfig, ropeInit } from '@lc/attention';
+import type { RopeConfig } from '@lc/attention';
 import { LcError } from '@lc/tensor';
+import { families, layersOf, moeOf, quantizationOf, ropeOf } from './config-fields.js';
 import { FieldReader } from './json.js';
 
 /** The architectures that `@lc/models` builds, as config.json's `architectures` names them. */
@@ -70,25 +71,6 @@ export interface ModelConfig {
   readonly raw: Readonly<Record<string, unknown>>;
 }
 
-interface Family {
-  readonly modelType: string;
-  readonly ropeTheta: number;
-  readonly rmsNormEps: number;
-  readonly maxPositionEmbeddings: number;
-  readonly headDim: number | null;
-  readonly numKeyValueHeads: number | null;
-}
-
-/** Defaults of the configuration classes of transformers, for fields that config.json leaves out. */
-const families: Record<Architecture, Family> = {
-  GptOssForCausalLM: { modelType: 'gpt_oss', ropeTheta: 150000, rmsNormEps: 1e-5, maxPositionEmbeddings: 131072, headDim: 64, numKeyValueHeads: 8 },
-  LlamaForCausalLM: { modelType: 'llama', ropeTheta: 10000, rmsNormEps: 1e-6, maxPositionEmbeddings: 2048, headDim: null, numKeyValueHeads: null },
-  MistralForCausalLM: { modelType: 'mistral', ropeTheta: 10000, rmsNormEps: 1e-6, maxPositionEmbeddings: 131072, headDim: null, numKeyValueHeads: 8 },
-  Qwen2ForCausalLM: { modelType: 'qwen2', ropeTheta: 10000, rmsNormEps: 1e-6, maxPositionEmbeddings: 32768, headDim: null, numKeyValueHeads: 32 },
-  Qwen3ForCausalLM: { modelType: 'qwen3', ropeTheta: 10000, rmsNormEps: 1e-6, maxPositionEmbeddings: 32768, headDim: 128, numKeyValueHeads: 32 },
-  Qwen3MoeForCausalLM: { modelType: 'qwen3_moe', ropeTheta: 10000, rmsNormEps: 1e-6, maxPositionEmbeddings: 32768, headDim: null, numKeyValueHeads: 4 },
-};
-
 export interface ParseConfigOptions {
   /** Replaces the RoPE scaling of config.json, in its `rope_scaling` spelling, e.g. `{ rope_type: 'yarn', factor: 8 }`; kept as it is by default. */
   ropeScaling?: Readonly<Record<string, unknown>>;
@@ -103,7 +85,10 @@ export interface ParseConfigOptions {
 export function parseModelConfig(json: unknown, options: ParseConfigOptions = {}): ModelConfig {
   const { source = 'config.json' } = options;
   if (typeof json !== 'object' || json === null || Array.isArray(json)) {
-    throw new LcError('ERR_LC_CONFIG', `${source}: expected a JSON object, got ${json === null ? 'null' : Array.isArray(json) ? 'an array' : typeof json}`);
+    throw new LcError(
+      'ERR_LC_CONFIG',
+      `${source}: expected a JSON object, got ${json === null ? 'null' : Array.isArray(json) ? 'an array' : typeof json}`,
+    );
   }
   const f = new FieldReader(json as Record<string, unknown>);
   const architecture = architectureOf(f, source);
@@ -113,7 +98,8 @@ export function parseModelConfig(json: unknown, options: ParseConfigOptions = {}
   const numAttentionHeads = f.int('num_attention_heads');
   const numKeyValueHeads = f.int('num_key_value_heads', family.numKeyValueHeads ?? numAttentionHeads);
   const headDim = f.int('head_dim', family.headDim ?? Math.floor(hiddenSize / numAttentionHeads));
-  if (numAttentionHeads % numKeyValueHeads !== 0) f.problems.push(`num_attention_heads: ${numAttentionHeads} is not a multiple of num_key_value_heads, ${numKeyValueHeads}`);
+  if (numAttentionHeads % numKeyValueHeads !== 0)
+    f.problems.push(`num_attention_heads: ${numAttentionHeads} is not a multiple of num_key_value_heads, ${numKeyValueHeads}`);
   if (headDim % 2 !== 0) f.problems.push(`head_dim: RoPE needs an even number, got ${headDim}`);
   f.only('hidden_act', ['silu']);
   f.only('attention_dropout', [0]);
@@ -154,7 +140,10 @@ export function parseModelConfig(json: unknown, options: ParseConfigOptions = {}
     raw: f.json,
   };
   if (f.problems.length > 0) {
-    throw new LcError('ERR_LC_CONFIG', `${source}: ${f.problems.length === 1 ? 'a field is' : `${f.problems.length} fields are`} wrong or not supported:\n  ${f.problems.join('\n  ')}`);
+    throw new LcError(
+      'ERR_LC_CONFIG',
+      `${source}: ${f.problems.length === 1 ? 'a field is' : `${f.problems.length} fields are`} wrong or not supported:\n  ${f.problems.join('\n  ')}`,
+    );
   }
   return config;
 }
@@ -185,87 +174,7 @@ function architectureOf(f: FieldReader, source: string): Architecture {
     const got = named ? `architectures ${JSON.stringify(named)}` : `model_type ${JSON.stringify(modelType)}`;
     throw new LcError('ERR_LC_MODEL', `${source}: unknown architecture: ${got}; supported: ${architectures.join(', ')}`);
   }
-  if (modelType !== undefined && modelType !== families[found].modelType) f.problems.push(`model_type: expected ${families[found].modelType} for ${found}, got ${JSON.stringify(modelType)}`);
+  if (modelType !== undefined && modelType !== families[found].modelType)
+    f.problems.push(`model_type: expected ${families[found].modelType} for ${found}, got ${JSON.stringify(modelType)}`);
   return found;
-}
-
-function ropeOf(f: FieldReader, given: { family: Family; headDim: number; maxPositionEmbeddings: number; ropeScaling: ParseConfigOptions['ropeScaling'] }): RopeConfig {
-  const { family, headDim, maxPositionEmbeddings, ropeScaling } = given;
-  const own = f.object('rope_parameters') ?? f.object('rope_scaling') ?? {};
-  const theta = own.rope_theta ?? f.json.rope_theta ?? family.ropeTheta;
-  const parameters = { rope_theta: theta, ...(ropeScaling ? override(own, ropeScaling) : own) };
-  try {
-    const rope = parseRopeConfig({ rope_parameters: parameters, partial_rotary_factor: f.json.partial_rotary_factor });
-    ropeInit(rope, { headDim, maxPositionEmbeddings }); // what a kind of scaling needs is checked now, not at the first step
-    return rope;
-  } catch (error) {
-    f.problems.push((error as Error).message);
-    return { ropeType: 'default', ropeTheta: 10000 };
-  }
-}
-
-/**
- * A scaling of the same kind as the model's own changes only what it names: gpt-oss keeps its betas, truncate and original length when only the factor
- * is set. What the model's own factor had brought with it (attention_factor) does not outlive that factor. Another kind keeps the original length.
- */
-function override(own: Readonly<Record<string, unknown>>, given: Readonly<Record<string, unknown>>): Record<string, unknown> {
-  const kindOf = (x: Readonly<Record<string, unknown>>): unknown => x.rope_type ?? x.type;
-  const { attention_factor: _, original_max_position_embeddings: original, ...rest } = own;
-  const kept = original === undefined ? {} : { original_max_position_embeddings: original };
-  return kindOf(given) === undefined || kindOf(given) === kindOf(own) ? { ...kept, ...rest, ...given } : { ...kept, ...given };
-}
-
-function layersOf(f: FieldReader, architecture: Architecture, count: number): LayerConfig[] {
-  const types = f.strings('layer_types');
-  if (types && types.length !== count) f.problems.push(`layer_types: expected ${count} entries (num_hidden_layers), got ${types.length}`);
-  for (const type of new Set(types ?? [])) {
-    if (type !== 'sliding_attention' && type !== 'full_attention') f.problems.push(`layer_types: expected sliding_attention or full_attention, got ${JSON.stringify(type)}`);
-  }
-  const switchable = architecture === 'Qwen2ForCausalLM' || architecture === 'Qwen3ForCausalLM' || architecture === 'Qwen3MoeForCausalLM';
-  const on = !switchable || f.bool('use_sliding_window', false);
-  const fallback = { GptOssForCausalLM: 128, LlamaForCausalLM: null, MistralForCausalLM: 4096, Qwen2ForCausalLM: 4096, Qwen3ForCausalLM: 4096, Qwen3MoeForCausalLM: 4096 };
-  const window = architecture !== 'LlamaForCausalLM' && on ? f.intOrNull('sliding_window', fallback[architecture]) : null;
-  const maxWindowLayers = f.int('max_window_layers', 28, 0);
-  const sparse = sparseLayers(f, architecture);
-  return Array.from({ length: count }, (_, i) => ({ window: slides(i) ? window : null, mlp: sparse(i) ? 'moe' : 'dense' }));
-
-  function slides(i: number): boolean {
-    if (architecture === 'MistralForCausalLM' || architecture === 'Qwen3MoeForCausalLM') return true;
-    if (types) return types[i] === 'sliding_attention';
-    return architecture === 'GptOssForCausalLM' ? i % 2 === 0 : i >= maxWindowLayers;
-  }
-}
-
-function sparseLayers(f: FieldReader, architecture: Architecture): (layer: number) => boolean {
-  if (architecture === 'GptOssForCausalLM') return () => true;
-  if (architecture !== 'Qwen3MoeForCausalLM') return () => false;
-  const step = f.int('decoder_sparse_step', 1);
-  const dense = new Set(f.ints('mlp_only_layers'));
-  return (layer) => !dense.has(layer) && (layer + 1) % step === 0;
-}
-
-function moeOf(f: FieldReader, architecture: Architecture): MoeConfig | null {
-  if (architecture !== 'GptOssForCausalLM' && architecture !== 'Qwen3MoeForCausalLM') return null;
-  const gptOss = architecture === 'GptOssForCausalLM';
-  const numExperts = f.intOf(['num_local_experts', 'num_experts'], 128);
-  const numExpertsPerTok = f.intOf(['num_experts_per_tok', 'experts_per_token'], gptOss ? 4 : 8);
-  if (numExpertsPerTok > numExperts) f.problems.push(`num_experts_per_tok: ${numExpertsPerTok} is more than the ${numExperts} experts`);
-  return {
-    kind: gptOss ? 'gpt_oss' : 'qwen3',
-    numExperts,
-    numExpertsPerTok,
-    intermediateSize: gptOss ? f.int('intermediate_size') : f.int('moe_intermediate_size', 768),
-    normTopkProb: gptOss || f.bool('norm_topk_prob', false),
-    swigluLimit: f.positive('swiglu_limit', 7),
-  };
-}
-
-function quantizationOf(f: FieldReader, architecture: Architecture): 'mxfp4' | null {
-  const quantization = f.object('quantization_config');
-  if (!quantization) return null;
-  if (quantization.quant_method === 'mxfp4' && architecture === 'GptOssForCausalLM') return 'mxfp4';
-  f.problems.push(
-    `quantization_config: expected none, or mxfp4 for gpt-oss, got ${JSON.stringify(quantization.quant_method)}; take the model in bf16: loadIn4bit quantizes it while loading`,
-  );
-  return null;
 }

@@ -16,7 +16,8 @@ export class FieldReader {
   int(key: string, fallback?: number, min = 1): number {
     if (this.absent(key)) return fallback ?? this.fail(key, 'a whole number', min);
     const value = this.json[key];
-    if (typeof value !== 'number' || !Number.isSafeInteger(value) || value < min) return this.fail(key, `a whole number of at least ${min}`, fallback ?? min);
+    if (typeof value !== 'number' || !Number.isSafeInteger(value) || value < min)
+      return this.fail(key, `a whole number of at least ${min}`, fallback ?? min);
     return value;
   }
   /** As `int`, under the first of several spellings that is present. */
@@ -38,14 +39,17 @@ export class FieldReader {
   }
   /** The field, if present, must be one of `values`: anything else would be another model. */
   only(key: string, values: readonly unknown[]): void {
-    if (!this.absent(key) && !values.includes(this.json[key])) this.fail(key, values.map((value) => JSON.stringify(value)).join(' or '), null);
+    if (!this.absent(key) && !values.includes(this.json[key]))
+      this.fail(key, values.map((value) => JSON.stringify(value)).join(' or '), null);
   }
   /** A token id, a list of them, or null. */
   ids(key: string): readonly number[] {
     const value = this.json[key];
     if (value === undefined || value === null) return [];
     const list: unknown[] = Array.isArray(value) ? value : [value];
-    return list.every((id): id is number => typeof id === 'number' && Number.isSafeInteger(id) && id >= 0) ? list : this.fail(key, 'token ids', []);
+    return list.every((id): id is number => typeof id === 'number' && Number.isSafeInteger(id) && id >= 0)
+      ? list
+      : this.fail(key, 'token ids', []);
   }
   ints(key: string): readonly number[] {
     return this.ids(key);
@@ -53,7 +57,9 @@ export class FieldReader {
   strings(key: string): readonly string[] | null {
     const value = this.json[key];
     if (value === undefined || value === null) return null;
-    return Array.isArray(value) && value.every((item): item is string => typeof item === 'string') ? value : this.fail(key, 'a list of strings', null);
+    return Array.isArray(value) && value.every((item): item is string => typeof item === 'string')
+      ? value
+      : this.fail(key, 'a list of strings', null);
   }
   object(key: string): Readonly<Record<string, unknown>> | null {
     const value = this.json[key];

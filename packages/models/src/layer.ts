@@ -1,5 +1,20 @@
-import { type RopeTable, attentionBackward, attentionForward, ropeBackward, ropeForward } from '@lc/attention';
-import { type Block, type Layer, type LayerState, type Linear, LcTypeError, type Parameter, type Pass, type Span, type Tensor, type Workspace, add, copy, rmsNorm, rmsNormBackward } from '@lc/tensor';
+import { attentionBackward, attentionForward, type RopeTable, ropeBackward, ropeForward } from '@lc/attention';
+import {
+  add,
+  type Block,
+  copy,
+  type Layer,
+  type LayerState,
+  LcTypeError,
+  type Linear,
+  type Parameter,
+  type Pass,
+  rmsNorm,
+  rmsNormBackward,
+  type Span,
+  type Tensor,
+  type Workspace,
+} from '@lc/tensor';
 
 /** The attention half of a decoder layer: everything but the MLP. */
 export interface AttentionParts {
@@ -113,7 +128,8 @@ export class DecoderLayer implements Layer {
   backward(x: Tensor, dout: Tensor, dx: Tensor, at: Span, state: LayerState, ws: Workspace): void {
     const s = this.stateOf(state, at);
     const { dk: dkAll, dv: dvAll } = s;
-    if (!dkAll || !dvAll) throw new LcTypeError('ERR_LC_ARGUMENT', "DecoderLayer.backward: the state was opened for 'forward'; open it with pass 'backward'");
+    if (!dkAll || !dvAll)
+      throw new LcTypeError('ERR_LC_ARGUMENT', "DecoderLayer.backward: the state was opened for 'forward'; open it with pass 'backward'");
     const { hiddenSize, numAttentionHeads: heads, numKeyValueHeads: kvHeads, headDim, rmsNormEps: eps, rope } = this.options;
     const { q: qProj, k: kProj, v: vProj, o: oProj, inputNorm, qNorm, kNorm, sinks } = this.attention;
     ws.scoped(() => {
@@ -176,7 +192,10 @@ export class DecoderLayer implements Layer {
 
   private stateOf(state: LayerState, at: Span): DecoderLayerState {
     if (at.start < 0 || at.length < 1 || at.start + at.length > state.tokens) {
-      throw new LcTypeError('ERR_LC_OUT_OF_BOUNDS', `DecoderLayer: tokens ${at.start}..${at.start + at.length} are outside the state's ${state.tokens}; open the layer for more tokens`);
+      throw new LcTypeError(
+        'ERR_LC_OUT_OF_BOUNDS',
+        `DecoderLayer: tokens ${at.start}..${at.start + at.length} are outside the state's ${state.tokens}; open the layer for more tokens`,
+      );
     }
     return state as DecoderLayerState;
   }

@@ -37,7 +37,11 @@ export function sampleToken(logits: ArrayLike<number>, options: SampleOptions, i
   let best = -1;
   for (let i = 0; i < logits.length; i++) {
     const value = logits[i] as number;
-    if (Number.isNaN(value)) throw new LcTypeError('ERR_LC_NAN', `generate: the logit of token ${i} is not a number; the weights or the adapter hold NaN or infinite values`);
+    if (Number.isNaN(value))
+      throw new LcTypeError(
+        'ERR_LC_NAN',
+        `generate: the logit of token ${i} is not a number; the weights or the adapter hold NaN or infinite values`,
+      );
     if (best < 0 || value > (logits[best] as number)) best = i;
   }
   if (temperature === 0) return best;

@@ -50,7 +50,11 @@ export function expectedTensors(config: ModelConfig, experts: ExpertLayout | nul
     linear(`${prefix}.self_attn.k_proj`, kv, h, config.qkvBias);
     linear(`${prefix}.self_attn.v_proj`, kv, h, config.qkvBias);
     linear(`${prefix}.self_attn.o_proj`, h, q, config.outBias);
-    if (config.qkNorm) specs.push({ name: `${prefix}.self_attn.q_norm.weight`, shape: [headDim] }, { name: `${prefix}.self_attn.k_norm.weight`, shape: [headDim] });
+    if (config.qkNorm)
+      specs.push(
+        { name: `${prefix}.self_attn.q_norm.weight`, shape: [headDim] },
+        { name: `${prefix}.self_attn.k_norm.weight`, shape: [headDim] },
+      );
     if (config.sinks) specs.push({ name: `${prefix}.self_attn.sinks`, shape: [config.numAttentionHeads] });
     if (layer.mlp === 'moe') specs.push(...expertTensors(config, `${prefix}.mlp`, experts));
     else {
@@ -67,7 +71,12 @@ function expertTensors(config: ModelConfig, prefix: string, layout: ExpertLayout
   const { numExperts: e = 0, intermediateSize: m = 0 } = config.moe ?? {};
   if (layout === 'per_expert' || layout === 'fused') {
     const router = { name: `${prefix}.gate.weight`, shape: [e, h] };
-    if (layout === 'fused') return [router, { name: `${prefix}.experts.gate_up_proj`, shape: [e, 2 * m, h] }, { name: `${prefix}.experts.down_proj`, shape: [e, h, m] }];
+    if (layout === 'fused')
+      return [
+        router,
+        { name: `${prefix}.experts.gate_up_proj`, shape: [e, 2 * m, h] },
+        { name: `${prefix}.experts.down_proj`, shape: [e, h, m] },
+      ];
     const each = Array.from({ length: e }, (_, i) => [
       { name: `${prefix}.experts.${i}.gate_proj.weight`, shape: [m, h] },
       { name: `${prefix}.experts.${i}.up_proj.weight`, shape: [m, h] },
@@ -82,13 +91,17 @@ function expertTensors(config: ModelConfig, prefix: string, layout: ExpertLayout
     { name: `${prefix}.experts.down_proj_bias`, shape: [e, h] },
   ];
   if (layout === 'mxfp4') {
-    for (const [name, out, inner] of [['gate_up_proj', 2 * m, h], ['down_proj', h, m]] as const) {
+    for (const [name, out, inner] of [
+      ['gate_up_proj', 2 * m, h],
+      ['down_proj', h, m],
+    ] as const) {
       specs.push(
         { name: `${prefix}.experts.${name}_blocks`, shape: [e, out, inner / 32, 16], raw: true },
         { name: `${prefix}.experts.${name}_scales`, shape: [e, out, inner / 32], raw: true },
       );
     }
-  } else specs.push({ name: `${prefix}.experts.gate_up_proj`, shape: [e, h, 2 * m] }, { name: `${prefix}.experts.down_proj`, shape: [e, m, h] });
+  } else
+    specs.push({ name: `${prefix}.experts.gate_up_proj`, shape: [e, h, 2 * m] }, { name: `${prefix}.experts.down_proj`, shape: [e, m, h] });
   return specs;
 }
 
@@ -112,11 +125,20 @@ export function checkTensors(reader: SafetensorsReader, config: ModelConfig): { 
       if (wrong) misshapen.push(wrong);
     }
   }
-  const extra = reader.names.filter((name) => !wanted.has(name) && !computed.test(name) && !(config.tieWordEmbeddings && name === 'lm_head.weight'));
-  const groups = [['missing', missing], ['not expected', extra], ['wrong shape or dtype', misshapen]] as const;
+  const extra = reader.names.filter(
+    (name) => !wanted.has(name) && !computed.test(name) && !(config.tieWordEmbeddings && name === 'lm_head.weight'),
+  );
+  const groups = [
+    ['missing', missing],
+    ['not expected', extra],
+    ['wrong shape or dtype', misshapen],
+  ] as const;
   const problems = groups.filter(([, list]) => list.length > 0).map(([what, list]) => `  ${what} (${list.length}): ${list.join(', ')}`);
   if (problems.length > 0) {
-    throw new LcError('ERR_LC_MODEL', `${reader.path}: the tensors do not match config.json (${config.architecture}):\n${problems.join('\n')}\nconfig.json and the weights must come from the same model and be complete`);
+    throw new LcError(
+      'ERR_LC_MODEL',
+      `${reader.path}: the tensors do not match config.json (${config.architecture}):\n${problems.join('\n')}\nconfig.json and the weights must come from the same model and be complete`,
+    );
   }
   return { specs, experts };
 }

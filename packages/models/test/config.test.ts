@@ -34,13 +34,38 @@ describe('parseModelConfig', () => {
 
   it('knows what differs between the architectures', () => {
     const gptOss = readModelConfig(`${fixtures}gpt-oss`);
-    expect(gptOss).toMatchObject({ qkvBias: true, outBias: true, qkNorm: false, sinks: true, quantization: null, headDim: 32, tieWordEmbeddings: false });
+    expect(gptOss).toMatchObject({
+      qkvBias: true,
+      outBias: true,
+      qkNorm: false,
+      sinks: true,
+      quantization: null,
+      headDim: 32,
+      tieWordEmbeddings: false,
+    });
     expect(gptOss.layers.map((layer) => layer.window)).toEqual([16, null, 16, null]);
-    expect(gptOss.moe).toEqual({ kind: 'gpt_oss', numExperts: 8, numExpertsPerTok: 4, intermediateSize: 96, normTopkProb: true, swigluLimit: 7 });
+    expect(gptOss.moe).toEqual({
+      kind: 'gpt_oss',
+      numExperts: 8,
+      numExpertsPerTok: 4,
+      intermediateSize: 96,
+      normTopkProb: true,
+      swigluLimit: 7,
+    });
     expect(gptOss.rope).toMatchObject({ ropeType: 'yarn', factor: 32, truncate: false, ropeTheta: 150000 });
-    expect(readModelConfig(`${fixtures}qwen2`)).toMatchObject({ qkvBias: true, outBias: false, headDim: 16, rope: { ropeType: 'default', ropeTheta: 1e6 } });
+    expect(readModelConfig(`${fixtures}qwen2`)).toMatchObject({
+      qkvBias: true,
+      outBias: false,
+      headDim: 16,
+      rope: { ropeType: 'default', ropeTheta: 1e6 },
+    });
     expect(readModelConfig(`${fixtures}qwen3`)).toMatchObject({ qkvBias: false, qkNorm: true, headDim: 64 });
-    expect(readModelConfig(`${fixtures}qwen3-moe`).moe).toMatchObject({ kind: 'qwen3', numExperts: 8, normTopkProb: true, intermediateSize: 64 });
+    expect(readModelConfig(`${fixtures}qwen3-moe`).moe).toMatchObject({
+      kind: 'qwen3',
+      numExperts: 8,
+      normTopkProb: true,
+      intermediateSize: 64,
+    });
     expect(readModelConfig(`${fixtures}mistral-window`).layers.map((layer) => layer.window)).toEqual([11, 11]);
     expect(readModelConfig(`${fixtures}mistral`).layers.every((layer) => layer.window === null)).toBe(true);
   });
@@ -59,7 +84,13 @@ describe('parseModelConfig', () => {
 
   it('overrides the scaling and keeps what the override does not name', () => {
     const read = (ropeScaling: Record<string, unknown>) => readModelConfig(`${fixtures}gpt-oss`, { ropeScaling }).rope;
-    expect(read({ rope_type: 'yarn', factor: 8 })).toMatchObject({ ropeType: 'yarn', factor: 8, truncate: false, originalMaxPositionEmbeddings: 4096, ropeTheta: 150000 });
+    expect(read({ rope_type: 'yarn', factor: 8 })).toMatchObject({
+      ropeType: 'yarn',
+      factor: 8,
+      truncate: false,
+      originalMaxPositionEmbeddings: 4096,
+      ropeTheta: 150000,
+    });
     expect(read({ factor: 64 })).toMatchObject({ ropeType: 'yarn', factor: 64 });
     const linear = read({ rope_type: 'linear', factor: 2 });
     expect(linear).toMatchObject({ ropeType: 'linear', factor: 2, ropeTheta: 150000 });
@@ -68,18 +99,37 @@ describe('parseModelConfig', () => {
 
   it('fills in the defaults of transformers', () => {
     const config = parseModelConfig(llama);
-    expect(config).toMatchObject({ numKeyValueHeads: 4, headDim: 16, rmsNormEps: 1e-6, tieWordEmbeddings: false, qkvBias: false, mlpBias: false });
+    expect(config).toMatchObject({
+      numKeyValueHeads: 4,
+      headDim: 16,
+      rmsNormEps: 1e-6,
+      tieWordEmbeddings: false,
+      qkvBias: false,
+      mlpBias: false,
+    });
     const qwen2 = { ...llama, architectures: ['Qwen2ForCausalLM'], model_type: 'qwen2', num_key_value_heads: 2 };
-    expect(parseModelConfig({ ...qwen2, sliding_window: 8, use_sliding_window: true, max_window_layers: 1 }).layers.map((l) => l.window)).toEqual([null, 8]);
+    expect(
+      parseModelConfig({ ...qwen2, sliding_window: 8, use_sliding_window: true, max_window_layers: 1 }).layers.map((l) => l.window),
+    ).toEqual([null, 8]);
     expect(parseModelConfig({ ...qwen2, sliding_window: 8 }).layers.map((l) => l.window)).toEqual([null, null]);
-    const moe = { ...llama, architectures: ['Qwen3MoeForCausalLM'], model_type: 'qwen3_moe', num_key_value_heads: 2, num_experts: 4, num_experts_per_tok: 2, mlp_only_layers: [0] };
+    const moe = {
+      ...llama,
+      architectures: ['Qwen3MoeForCausalLM'],
+      model_type: 'qwen3_moe',
+      num_key_value_heads: 2,
+      num_experts: 4,
+      num_experts_per_tok: 2,
+      mlp_only_layers: [0],
+    };
     expect(parseModelConfig(moe).layers.map((l) => l.mlp)).toEqual(['dense', 'moe']);
     expect(parseModelConfig(moe).moe).toMatchObject({ numExperts: 4, normTopkProb: false });
     const mistral = { ...llama, architectures: ['MistralForCausalLM'], model_type: 'mistral', num_key_value_heads: 2 };
     expect(parseModelConfig(mistral).layers[0]?.window).toBe(4096);
     const gptOss = { ...llama, architectures: ['GptOssForCausalLM'], model_type: 'gpt_oss', num_key_value_heads: 2, num_local_experts: 4 };
     expect(parseModelConfig(gptOss).layers.map((l) => l.window)).toEqual([128, null]);
-    expect(parseModelConfig({ ...gptOss, quantization_config: { quant_method: 'mxfp4', modules_to_not_convert: ['lm_head'] } }).quantization).toBe('mxfp4');
+    expect(
+      parseModelConfig({ ...gptOss, quantization_config: { quant_method: 'mxfp4', modules_to_not_convert: ['lm_head'] } }).quantization,
+    ).toBe('mxfp4');
   });
 
   it('lists every wrong field at once', () => {
@@ -95,13 +145,25 @@ describe('parseModelConfig', () => {
       vocab_size: undefined,
     });
     expect(code).toBe('ERR_LC_CONFIG');
-    for (const part of ['hidden_size', 'num_key_value_heads', 'hidden_act', 'chunked_attention', 'layer_types: expected 2', 'longrope', 'gptq', 'vocab_size: expected a whole number, got nothing']) {
+    for (const part of [
+      'hidden_size',
+      'num_key_value_heads',
+      'hidden_act',
+      'chunked_attention',
+      'layer_types: expected 2',
+      'longrope',
+      'gptq',
+      'vocab_size: expected a whole number, got nothing',
+    ]) {
       expect(message).toContain(part);
     }
   });
 
   it('refuses what it does not know', () => {
-    expect(failure({ ...llama, architectures: ['MambaForCausalLM'] })).toMatchObject({ code: 'ERR_LC_MODEL', message: expect.stringContaining('GptOssForCausalLM') });
+    expect(failure({ ...llama, architectures: ['MambaForCausalLM'] })).toMatchObject({
+      code: 'ERR_LC_MODEL',
+      message: expect.stringContaining('GptOssForCausalLM'),
+    });
     expect(failure({ hidden_size: 3 })).toMatchObject({ code: 'ERR_LC_MODEL' });
     expect(failure({ ...llama, model_type: 'mistral' })).toMatchObject({ code: 'ERR_LC_CONFIG' });
     expect(failure([])).toMatchObject({ code: 'ERR_LC_CONFIG' });

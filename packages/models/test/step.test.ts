@@ -1,0 +1,118 @@
+import { memory, type Parameter, Workspace } from '@lc/tensor';
+import { expectNoLeaks, relativeError } from '@lc/tensor/testing';
+import { describe, expect, it } from 'vitest';
+import { type CausalLM, countSupervised, loadAdapterOnto, loadModel, type TokenSequence, TrainingSession } from '../src/index.js';
+import { fixtures, someIds } from './helpers.js';
+
+expectNoLeaks();
+
+const withAdapter = async (name: string): Promise<CausalLM> => {
+  const model = await loadModel(fixtures + name, { tile: 16 });
+  await loadAdapterOnto(model, `${fixtures}${name}/adapter`);
+  return model;
+};
+const zero = (parameters: readonly Parameter[]): void => {
+  for (const p of parameters) p.grad.data().fill(0);
+};
+const gradients = (parameters: readonly Parameter[]): Float32Array[] => parameters.map((p) => p.grad.data().slice());
+/** Documents of the given lengths, packed. The first two labels of each are ignored. */
+function packed(lengths: readonly number[], offset = 0): TokenSequence {
+  const docStart: number[] = [];
+  for (const length of lengths) docStart.push(...new Array<number>(length).fill(docStart.length));
+  const inputIds = someIds(docStart.length + offset).slice(offset);
+  return {
+    inputIds: Int32Array.from(inputIds),
+    labels: Int32Array.from(inputIds, (id, i) => (i - (docStart[i] as number) < 2 ? -100 : id)),
+    docStart: Int32Array.from(docStart),
+  };
+}
+const totalAllocations = (): number => Object.values(memory().devices).reduce((sum, device) => sum + device.allocations, 0);
+
+describe('TrainingSession', () => {
+  it('packs documents without letting them see each other', async () => {
+    using model = await withAdapter('gpt-oss');
+    using ws = new Workspace();
+    using session = new TrainingSession({ model, tokens: 50, chunk: 16, ws });
+    const lengths = [17, 1, 32];
+    const all = packed(lengths);
+    const numTokens = countSupervised(all);
+    expect(numTokens).toBe(15 + 30);
+    const together = await session.step(all);
+    expect(together.supervised).toBe(numTokens);
+    const want = gradients(model.parameters);
+    zero(model.parameters);
+    let loss = 0;
+    for (let d = 0, start = 0; d < lengths.length; start += lengths[d++] as number) {
+      const part = (x: Int32Array): Int32Array => x.slice(start, start + (lengths[d] as number));
+      const sequence = { inputIds: part(all.inputIds), labels: part(all.labels) };
+      loss += (await session.step(sequence, { numTokens })).loss;
+    }
+    expect(loss).toBeCloseTo(together.loss, 5);
+    for (const [i, grad] of gradients(model.parameters).entries()) expect(relativeError(grad, want[i] as Float32Array)).toBeLessThan(1e-5);
+  });
+
+  it('gives the same gradients from every tier, and allocates nothing after the first step', async () => {
+    using model = await withAdapter('qwen3-moe');
+    const sequence = packed([41, 22]);
+    const run = async (
+      storeOptions: NonNullable<ConstructorParameters<typeof TrainingSession>[0]['storeOptions']>,
+    ): Promise<Float32Array[]> => {
+      using ws = new Workspace();
+      using session = new TrainingSession({ model, tokens: 63, chunk: 16, lossChunk: 8, ws, storeOptions });
+      zero(model.parameters);
+      const first = await session.step(sequence, { dropoutSeed: 1 });
+      const want = gradients(model.parameters);
+      zero(model.parameters);
+      const before = totalAllocations();
+      const second = await session.step(sequence, { dropoutSeed: 1 });
+      expect(totalAllocations() - before).toBe(0);
+      expect(second).toEqual(first);
+      expect(gradients(model.parameters)).toEqual(want);
+      return want;
+    };
+    const device = await run({});
+    expect(await run({ deviceBytes: 0 })).toEqual(device);
+    expect(await run({ deviceBytes: 0, layersPerSegment: 2, dx: 'host', scratch: 'host' })).toEqual(device);
+  });
+
+  it('evaluates without gradients', async () => {
+    using model = await withAdapter('llama');
+    using ws = new Workspace();
+    const sequence = packed([30]);
+    using training = new TrainingSession({ model, tokens: 30, chunk: 8, ws });
+    using evaluating = new TrainingSession({ model, tokens: 30, chunk: 8, ws, evaluateOnly: true });
+    const { loss } = await evaluating.evaluate(sequence);
+    expect(gradients(model.parameters).every((grad) => grad.every((value) => value === 0))).toBe(true);
+    expect((await training.evaluate(sequence)).loss).toBe(loss);
+    expect((await training.step(sequence)).loss).toBe(loss);
+    await expect(evaluating.step(sequence)).rejects.toMatchObject({ code: 'ERR_LC_ARGUMENT' });
+  });
+
+  it('refuses what it cannot learn from, and stops at a signal', async () => {
+    using model = await withAdapter('llama');
+    using ws = new Workspace();
+    using session = new TrainingSession({ model, tokens: 30, chunk: 8, ws });
+    const sequence = packed([30]);
+    await expect(session.step({ ...sequence, labels: new Int32Array(30).fill(-100) })).rejects.toMatchObject({
+      code: 'ERR_LC_NOTHING_SUPERVISED',
+    });
+    await expect(session.step(packed([31]))).rejects.toMatchObject({ code: 'ERR_LC_ARGUMENT' });
+    await expect(session.step({ ...sequence, labels: new Int32Array(3) })).rejects.toMatchObject({ code: 'ERR_LC_ARGUMENT' });
+    await expect(session.step({ ...sequence, inputIds: Int32Array.from(sequence.inputIds, () => 512) })).rejects.toMatchObject({
+      code: 'ERR_LC_ARGUMENT',
+    });
+    await expect(session.step({ ...sequence, docStart: Int32Array.from(sequence.labels, () => 5) })).rejects.toThrow();
+    const controller = new AbortController();
+    let calls = 0;
+    const onProgress = (): void => {
+      if (++calls === 6) controller.abort();
+    };
+    await expect(session.step(sequence, { onProgress, signal: controller.signal })).rejects.toMatchObject({ code: 'ERR_LC_ABORTED' });
+    zero(model.parameters);
+    const after = await session.step(sequence);
+    const fresh = gradients(model.parameters);
+    zero(model.parameters);
+    expect(await session.step(sequence)).toEqual(after);
+    expect(gradients(model.parameters)).toEqual(fresh);
+  });
+});
