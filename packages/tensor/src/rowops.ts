@@ -1,9 +1,17 @@
-/** Small dense ops over rows of tokens. Shapes are checked natively; rows may be strided. */
+/**
+ * Small dense ops over rows of tokens, [tokens, width]; rows may be strided. f32 on the CPU, with sums in an order that the shape alone fixes: the bits do
+ * not depend on the number of threads. An output may be exactly one of the inputs where that is said, and never overlaps one partly.
+ */
+import type { Stream } from './cuda.js';
 import { LcTypeError } from './errors.js';
 import { core } from './native.js';
 import type { Tensor } from './tensor.js';
 
-interface RmsNormArgs {
+interface OnStream {
+  /** CUDA only; default: the device's default stream. */
+  stream?: Stream | null;
+}
+export interface RmsNormArgs extends OnStream {
   /** [rows, width], or [rows, heads, headDim]: the last dimension is normalised. */
   x: Tensor;
   /** [width] (or [headDim]). */
@@ -12,11 +20,11 @@ interface RmsNormArgs {
   out: Tensor;
   eps: number;
 }
-interface RmsNormBackwardArgs {
+export interface RmsNormBackwardArgs extends OnStream {
   x: Tensor;
   weight: Tensor;
   dout: Tensor;
-  /** As x; may be dout. */
+  /** As x; may be dout or x. */
   dx: Tensor;
   eps: number;
   /** dx += instead of dx =. */
@@ -24,19 +32,70 @@ interface RmsNormBackwardArgs {
   /** f32 [width]; added to. */
   dWeight?: Tensor | null;
 }
+export interface AddArgs extends OnStream {
+  a: Tensor;
+  b: Tensor;
+  /** May be a or b. */
+  out: Tensor;
+}
+export interface AddBiasArgs extends OnStream {
+  /** [rows, width]; changed in place. */
+  x: Tensor;
+  /** [width]. */
+  bias: Tensor;
+}
+export interface SumRowsArgs extends OnStream {
+  /** [rows, width]. */
+  x: Tensor;
+  /** [width]. */
+  out: Tensor;
+  /** out += instead of out =. */
+  accumulate?: boolean;
+}
+export interface ScaleArgs extends OnStream {
+  x: Tensor;
+  factor: number;
+}
+export interface AxpyArgs extends OnStream {
+  x: Tensor;
+  y: Tensor;
+  /** Default 1. */
+  alpha?: number;
+}
+export interface EmbeddingGatherArgs extends OnStream {
+  /** [vocab, width]: f32, bf16 or f16. */
+  table: Tensor;
+  /** i32 [n]. */
+  ids: Tensor;
+  /** [n, width]. */
+  out: Tensor;
+}
+export interface EmbeddingScatterAddArgs extends OnStream {
+  /** [n, width]. */
+  dout: Tensor;
+  /** i32 [n]. */
+  ids: Tensor;
+  /** f32 [vocab, width]; added to. */
+  dTable: Tensor;
+}
 interface RowNative {
   rmsNorm(args: RmsNormArgs): void;
   rmsNormBackward(args: RmsNormBackwardArgs): void;
-  add(args: { a: Tensor; b: Tensor; out: Tensor }): void;
-  addBias(args: { x: Tensor; bias: Tensor }): void;
-  sumRows(args: { x: Tensor; out: Tensor; accumulate?: boolean }): void;
-  scale(args: { x: Tensor; factor: number }): void;
-  axpy(args: { x: Tensor; y: Tensor; alpha?: number }): void;
-  embeddingGather(args: { table: Tensor; ids: Tensor; out: Tensor }): void;
-  embeddingScatterAdd(args: { dout: Tensor; ids: Tensor; dTable: Tensor }): void;
+  add(args: AddArgs): void;
+  addBias(args: AddBiasArgs): void;
+  sumRows(args: SumRowsArgs): void;
+  scale(args: ScaleArgs): void;
+  axpy(args: AxpyArgs): void;
+  embeddingGather(args: EmbeddingGatherArgs): void;
+  embeddingScatterAdd(args: EmbeddingScatterAddArgs): void;
 }
 const native = (): RowNative => core<RowNative>();
 
+/** A NaN factor would spread through every later value without a trace of where it came from. */
+function checkFinite(op: string, name: string, value: number | undefined): void {
+  if (value !== undefined && !Number.isFinite(value))
+    throw new LcTypeError('ERR_LC_ARGUMENT', `${op}: ${name} must be a finite number, got ${value}`);
+}
 function checkEps(op: string, eps: number): void {
   if (!(eps >= 0) || !Number.isFinite(eps)) throw new LcTypeError('ERR_LC_ARGUMENT', `${op}: eps must be a finite number >= 0, got ${eps}`);
 }
@@ -54,36 +113,38 @@ export function rmsNormBackward(args: RmsNormBackwardArgs): void {
 }
 
 /** out = a + b, all [rows, width]; out may be a or b. */
-export function add(args: { a: Tensor; b: Tensor; out: Tensor }): void {
+export function add(args: AddArgs): void {
   native().add(args);
 }
 
 /** x += bias for every row. x [rows, width], bias [width]. */
-export function addBias(args: { x: Tensor; bias: Tensor }): void {
+export function addBias(args: AddBiasArgs): void {
   native().addBias(args);
 }
 
 /** out [width] = (or with `accumulate` +=) the sum over the rows of x: the gradient of a bias. */
-export function sumRows(args: { x: Tensor; out: Tensor; accumulate?: boolean }): void {
+export function sumRows(args: SumRowsArgs): void {
   native().sumRows(args);
 }
 
 /** x *= factor. */
-export function scale(args: { x: Tensor; factor: number }): void {
+export function scale(args: ScaleArgs): void {
+  checkFinite('scale', 'factor', args.factor);
   native().scale(args);
 }
 
 /** y += alpha x. */
-export function axpy(args: { x: Tensor; y: Tensor; alpha?: number }): void {
+export function axpy(args: AxpyArgs): void {
+  checkFinite('axpy', 'alpha', args.alpha);
   native().axpy(args);
 }
 
 /** out[i] = table[ids[i]]. table [vocab, width] (f32, bf16 or f16), ids i32 [n], out [n, width]. @throws ERR_LC_ARGUMENT for an id outside the table */
-export function embeddingGather(args: { table: Tensor; ids: Tensor; out: Tensor }): void {
+export function embeddingGather(args: EmbeddingGatherArgs): void {
   native().embeddingGather(args);
 }
 
 /** dTable[ids[i]] += dout[i], in token order. dTable f32 [vocab, width]. */
-export function embeddingScatterAdd(args: { dout: Tensor; ids: Tensor; dTable: Tensor }): void {
+export function embeddingScatterAdd(args: EmbeddingScatterAddArgs): void {
   native().embeddingScatterAdd(args);
 }
