@@ -50,6 +50,7 @@ export function writeToolchain() {
 export function turbo(tasks, extra = []) {
   writeToolchain();
   run(bin('turbo'), ['run', ...tasks, '--concurrency=1', '--output-logs=new-only', '--no-update-notifier', ...extra], {
-    env: { ...process.env, TURBO_TELEMETRY_DISABLED: '1', DO_NOT_TRACK: '1' },
+    // turbo looks for pnpm on the PATH.
+    env: { ...process.env, PATH: `${join(root, 'node_modules/.bin')}:${process.env.PATH}`, TURBO_TELEMETRY_DISABLED: '1', DO_NOT_TRACK: '1' },
   });
 }

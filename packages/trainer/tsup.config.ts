@@ -1,9 +1,13 @@
+import { readFileSync } from 'node:fs';
 import { defineConfig } from 'tsup';
 
+const { version } = JSON.parse(readFileSync('package.json', 'utf8')) as { version: string };
+
 export default defineConfig({
-  entry: ['src/index.ts', 'src/cli/cli.ts'],
+  entry: { index: 'src/index.ts', cli: 'src/cli/cli.ts' },
   format: ['esm', 'cjs'],
-  dts: true,
+  dts: { entry: { index: 'src/index.ts' } },
+  define: { __LC_VERSION__: JSON.stringify(version) },
   shims: true,
   target: 'node20',
   clean: true,
