@@ -1,15 +1,8 @@
 /** `@lc/offload-ckpt`: gradient checkpoints across device and host memory, and the exact layers x chunks schedule over any list of layers. */
+export type { HiddenCallback, InputGradientCallback, LayerScheduleOptions, LossCallback, SequenceOptions, WriteInput } from './options.js';
 export { makeSpans, planStore, type StorePlan, type StoreShape, type Tier } from './plan.js';
 export type { Progress, RunOptions } from './run.js';
-export {
-  type HiddenCallback,
-  type InputGradientCallback,
-  LayerSchedule,
-  type LayerScheduleOptions,
-  type LossCallback,
-  type SequenceOptions,
-  type WriteInput,
-} from './schedule.js';
+export { LayerSchedule } from './schedule.js';
 export type { StoredChunk } from './slots.js';
 export { ActivationStore, type StoreOptions } from './store.js';
 export { type EventLike, type StreamFactory, type StreamLike, tensorStreams } from './streams.js';

@@ -1,51 +1,11 @@
-import { type Layer, type LayerState, LcTypeError, type Span, type Tensor, type Workspace } from '@lc/tensor';
+import { type Layer, type LayerState, LcTypeError, type Span, type Workspace } from '@lc/tensor';
+import type { HiddenCallback, InputGradientCallback, LayerScheduleOptions, LossCallback, SequenceOptions, WriteInput } from './options.js';
 import { makeSpans, requireCount } from './plan.js';
 import { drain, Pacer, type Progress, type RunOptions } from './run.js';
 import type { StoredChunk } from './slots.js';
-import { ActivationStore, type StoreOptions } from './store.js';
+import { ActivationStore } from './store.js';
 import { buildPasses, type Op, type Passes, type PassPlan, prefetch, type Sweep } from './sweeps.js';
 import { RecomputeCheck } from './verify.js';
-
-/** Writes the first layer's input of a span: `out` [length, width]. */
-export type WriteInput = (out: Tensor, at: Span) => void;
-/** Reads the last layer's output and writes its gradient, both [length, width] and apart; `hidden` is valid during the call. */
-export type LossCallback = (hidden: Tensor, dHidden: Tensor, at: Span) => void;
-export type HiddenCallback = (hidden: Tensor, at: Span) => void;
-/** Reads the gradient of the first layer's input; spans come right to left. */
-export type InputGradientCallback = (dx: Tensor, at: Span) => void;
-
-export interface SequenceOptions {
-  /** Default: as many as the schedule was made for. */
-  tokens?: number;
-  /** i32 [tokens]: for each token the index of the first token of its document. null: one document. */
-  docStart?: Tensor | null;
-  /** Seed of this step's dropout; undefined: none. `forwardOnly` never drops out. */
-  dropoutSeed?: number | undefined;
-}
-
-export interface LayerScheduleOptions {
-  layers: readonly Layer[];
-  /** Longest sequence. */
-  tokens: number;
-  /** Tokens per chunk. */
-  chunk: number;
-  /** Width of the residual stream. */
-  width: number;
-  /** Workspace of the layers; its stream is the compute stream. */
-  ws: Workspace;
-  /** A store to use (it stays yours) ... */
-  store?: ActivationStore;
-  /** ... or how to make one. Default: everything on the workspace's device. */
-  storeOptions?: Omit<StoreOptions, 'layers' | 'tokens' | 'chunk' | 'width'>;
-  docStart?: Tensor | null;
-  dropoutSeed?: number | undefined;
-  /** Only `forwardOnly` will be called: two [tokens, width] buffers, no checkpoints. */
-  evaluateOnly?: boolean;
-  /** How many layer calls ahead host-tier chunks are asked for. Default 1. */
-  prefetchAhead?: number;
-  /** For tests (CPU): recompute every layer in backward and compare with the forward, bit for bit. */
-  verifyRecompute?: boolean;
-}
 
 type Handler = (op: Op, at: Span, sweep: Sweep, state: LayerState | null) => void;
 

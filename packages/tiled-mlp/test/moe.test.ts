@@ -222,6 +222,10 @@ describe('TiledMoE', () => {
     const c: Case = { kind: 'gpt-oss', tokens: 64, hidden: 32, intermediate: 48, experts: 4, topK: 2, norm: true };
     const peak = run(c, 16).peak;
     expect(run({ ...c, tokens: 640 }, 16).peak).toBe(peak);
+    const [h, i, k, e] = [32, 48, 2, 4]; // README's formula; each of the 13 tensors is padded to 256 bytes
+    const bytes = 16 * 4 * (2 * h + k * (2 * h + 4 * i) + 2 * e + 4 * k);
+    expect(peak).toBeGreaterThanOrEqual(bytes);
+    expect(peak).toBeLessThan(bytes + 14 * 256);
     const before = deviceMemory('cpu').byLabel.workspace?.allocations ?? 0;
     run(c, 16);
     expect((deviceMemory('cpu').byLabel.workspace?.allocations ?? 0) - before).toBeLessThanOrEqual(2);
