@@ -14,6 +14,8 @@ const TOLERANCE = 1e-4;
 const TOLERANCE_AFTER = 3e-4;
 const TILE = 16;
 const LOSS_CHUNK = 5;
+const LR = 2e-3;
+const EPS = 1e-8;
 
 expectNoLeaks();
 
@@ -26,6 +28,8 @@ interface Row {
   gradients: number;
   curve: number;
   parameters: number;
+  /** `parameters`, less what two units of rounding in the first gradient explain. */
+  'beyond rounding': number;
 }
 const table: Row[] = [];
 const relative = (got: number, want: number): number => Math.abs(got - want) / Math.abs(want);
@@ -56,6 +60,30 @@ async function evaluate(
   return { logits, loss };
 }
 
+/**
+ * The parameters' error, less what the first AdamW step makes of rounding. That step moves an element by lr * g / (|g| + eps): where g is within a few units in
+ * the last place of its tensor's largest gradient, a sum of cancelling terms, its value is rounding and nothing else, in the reference too. (qwen3 has one such
+ * element, layers.1 k_proj.lora_B[35,2]: in f64 its gradient is -7.12e-9, in the reference -6.14e-9, beside 1.7e-2 at most in that tensor and terms that
+ * sum to 1.3e-2 in magnitude.) What two units of rounding in that gradient would move the element by is not counted.
+ */
+function beyondRounding(parameters: readonly Parameter[], reference: Reference): number {
+  const clip = Math.min(1, 1 / (((reference.curve[0] as readonly [number, number])[1] as number) + 1e-6));
+  const step = (g: number): number => (LR * g) / (Math.abs(g) + EPS);
+  let worstError = 0;
+  for (const p of parameters) {
+    const [want, gradient] = [reference.after.get(p.name) as Float32Array, reference.gradients.get(p.name) as Float32Array];
+    const largest = (x: Float32Array): number => x.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+    const rounding = clip * largest(gradient) * 2 ** -22;
+    const scale = largest(want);
+    for (const [i, value] of p.value.data().entries()) {
+      const g = clip * (gradient[i] as number);
+      const slack = Math.max(...[g - rounding, g + rounding].map((moved) => Math.abs(step(moved) - step(g))));
+      worstError = Math.max(worstError, (Math.abs(value - (want[i] as number)) - slack) / scale);
+    }
+  }
+  return worstError;
+}
+
 const numbers = (parameters: readonly Parameter[]): Float32Array[] => parameters.map((p) => p.value.data().slice());
 
 /** AdamW from the model's present parameters; the error of the curve. */
@@ -65,7 +93,7 @@ async function train(
   reference: Reference,
   weightDecay = 0.01,
 ): Promise<{ loss: number; gradNorm: number }> {
-  using optimizer = new AdamW(model.parameters, { lr: 2e-3, betas: [0.9, 0.999], eps: 1e-8, weightDecay });
+  using optimizer = new AdamW(model.parameters, { lr: LR, betas: [0.9, 0.999], eps: EPS, weightDecay });
   const error = { loss: 0, gradNorm: 0 };
   for (const [loss, gradNorm] of reference.curve) {
     optimizer.zeroGrad();
@@ -100,6 +128,7 @@ describe.each([...referenceModels])('%s', (name) => {
       gradients: 0,
       curve: 0,
       parameters: 0,
+      'beyond rounding': 0,
     }));
     table.push(...rows);
 
@@ -125,11 +154,12 @@ describe.each([...referenceModels])('%s', (name) => {
       const curve = await train(model, session, reference);
       row.curve = Math.max(curve.loss, curve.gradNorm);
       row.parameters = worst(model.parameters, (p) => p.value.data(), reference.after);
+      row['beyond rounding'] = beyondRounding(model.parameters, reference);
     }
     for (const row of rows) {
-      const { model: _, chunk, curve, parameters, ...exact } = row;
+      const { model: _, chunk, curve, parameters: __, 'beyond rounding': parameters, ...exact } = row;
       for (const [what, error] of Object.entries(exact)) expect(error, `${what}, chunk ${chunk}`).toBeLessThanOrEqual(TOLERANCE);
-      expect(curve, `curve, chunk ${chunk}`).toBeLessThanOrEqual(TOLERANCE_AFTER);
+      expect(curve, `curve, chunk ${chunk}`).toBeLessThanOrEqual(TOLERANCE);
       expect(parameters, `parameters after ${reference.curve.length} steps, chunk ${chunk}`).toBeLessThanOrEqual(TOLERANCE_AFTER);
     }
   });
@@ -144,7 +174,7 @@ it('tells a run that forgets weight decay apart', async () => {
   const tokens = reference.sequence.inputIds.length;
   const session = scope.own(new TrainingSession({ model, tokens, chunk: tokens, lossChunk: LOSS_CHUNK, ws }));
   await train(model, session, reference, 0);
-  expect(worst(model.parameters, (p) => p.value.data(), reference.after)).toBeGreaterThan(TOLERANCE_AFTER);
+  expect(beyondRounding(model.parameters, reference)).toBeGreaterThan(TOLERANCE_AFTER);
 });
 
 afterAll(() => {
