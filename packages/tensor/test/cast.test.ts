@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { copy, empty, fill, fromTypedArray } from '../src/index.js';
+import { copy, empty, fill, fromTypedArray, reference } from '../src/index.js';
 import { expectNoLeaks, randomNormal } from '../src/testing.js';
 
 expectNoLeaks();
@@ -94,6 +94,79 @@ describe('casts', () => {
       for (let j = 0; j < 4; j++)
         for (let k = 0; k < 7; k++) expect(got[(i * 4 + j) * 7 + k]).toBe(k === 3 || k === 4 ? (i + 1) * 20 + j * 5 + 1 + k - 3 : -1);
     expect(() => copy(y, x)).toThrow(expect.objectContaining({ code: 'ERR_LC_SHAPE' }));
+  });
+
+  it.each(['bf16', 'f16'] as const)('every %s value survives f32, and random f32 round like the reference', (dtype) => {
+    const bits = Uint16Array.from({ length: 65536 }, (_, i) => i);
+    using low = fromTypedArray(bits, [65536], { dtype });
+    using wide = empty([65536]);
+    using back = empty([65536], { dtype });
+    copy(wide, low);
+    copy(back, wide);
+    const [infinity, values] = [dtype === 'f16' ? 0x7c00 : 0x7f80, wide.data()];
+    back.data<Uint16Array>().forEach((b, i) => {
+      if ((i & 0x7fff) > infinity) expect(Number.isNaN(values[i]) && (b & 0x7fff) > infinity).toBe(true);
+      else if (b !== i) expect(b).toBe(i);
+    });
+    // Magnitudes over the whole range, and the ties between neighbours.
+    const random = randomNormal(20000, 5);
+    const list = Float32Array.from(random, (v, i) => v * 2 ** ((i % 300) - 160));
+    for (let i = 0; i < 10000; i++) list[i] = ((values[(i * 37) % infinity] as number) + (values[((i * 37) % infinity) + 1] as number)) / 2;
+    using x = fromTypedArray(list, [20000]);
+    using y = empty([20000], { dtype });
+    using z = empty([20000]);
+    copy(y, x);
+    copy(z, y);
+    list.forEach((v, i) => {
+      const want = reference.round(v, dtype);
+      if (!Object.is(z.data()[i], want)) expect([v, z.data()[i]]).toEqual([v, want]);
+    });
+  });
+
+  it('casts every dtype to every dtype', () => {
+    const dtypes = ['f32', 'bf16', 'f16', 'i32', 'i64', 'u8'] as const;
+    const values = Float32Array.of(0, 1, 2, 100, 127);
+    using x = fromTypedArray(values, [5]);
+    for (const from of dtypes) {
+      for (const to of dtypes) {
+        using a = empty([5], { dtype: from });
+        using b = empty([5], { dtype: to });
+        using back = empty([5]);
+        copy(a, x);
+        copy(b, a);
+        copy(back, b);
+        expect(Array.from(back.data()), `${from} to ${to}`).toEqual(Array.from(values));
+      }
+    }
+  });
+
+  it('copies a transposed view of six dimensions', () => {
+    const shape = [2, 3, 1, 4, 2, 5];
+    using x = fromTypedArray(
+      Float32Array.from({ length: 240 }, (_, i) => i),
+      shape,
+    );
+    const wide = [2, 3, 2, 4, 2, 6];
+    using y = empty(wide, { dtype: 'bf16' });
+    fill(y, -1);
+    copy(y.slice(2, 1, 1).slice(5, 1, 5), x);
+    using z = empty(wide);
+    copy(z, y);
+    const got = z.data();
+    let at = 0;
+    let sum = 0;
+    for (let i = 0; i < got.length; i++) {
+      const inside = i % 6 >= 1 && Math.floor(i / 48) % 2 === 1;
+      expect(got[i]).toBe(inside ? at++ : -1);
+      sum += inside ? 1 : 0;
+    }
+    expect(sum).toBe(240);
+  });
+
+  it('refuses a copy onto itself, shifted', () => {
+    using x = fromTypedArray(Float32Array.of(1, 2, 3, 4), [4]);
+    copy(x, x);
+    expect(() => copy(x.rows(1, 3), x.rows(0, 3))).toThrow(expect.objectContaining({ code: 'ERR_LC_ARGUMENT' }));
   });
 
   it('fills every dtype', () => {

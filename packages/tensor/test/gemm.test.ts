@@ -93,7 +93,106 @@ describe('gemm', () => {
   });
 });
 
+describe('gemm and aliases', () => {
+  it('refuses c that overlaps an operand, and takes disjoint columns of one matrix', () => {
+    using t = tensor([8, 24], 1);
+    const [a, b, c] = [t.slice(1, 0, 8), t.slice(1, 8, 8), t.slice(1, 16, 8)];
+    const want = reference.gemm({
+      a: Float32Array.from({ length: 64 }, (_, i) => t.data()[Math.floor(i / 8) * 24 + (i % 8)] as number),
+      b: Float32Array.from({ length: 64 }, (_, i) => t.data()[Math.floor(i / 8) * 24 + 8 + (i % 8)] as number),
+      m: 8,
+      n: 8,
+      k: 8,
+    });
+    gemm({ a, b, c });
+    const got = Float64Array.from({ length: 64 }, (_, i) => t.data()[Math.floor(i / 8) * 24 + 16 + (i % 8)] as number);
+    expect(relativeError(got, want)).toBeLessThanOrEqual(tolerance(8));
+    for (const bad of [a, b, t.slice(1, 4, 8), t.slice(1, 15, 8), t.view([24, 8]).rows(16, 8)]) {
+      expect(() => gemm({ a, b, c: bad })).toThrow(
+        expect.objectContaining({ code: 'ERR_LC_ARGUMENT', message: expect.stringMatching(/overlaps/) }),
+      );
+    }
+  });
+
+  it('alpha 0 and k 0 scale c and read neither a nor b', () => {
+    using a = fromTypedArray(new Float32Array(6).fill(Number.NaN), [2, 3]);
+    using b = fromTypedArray(new Float32Array(6).fill(Number.NaN), [3, 2]);
+    using c = fromTypedArray(Float32Array.of(1, 2, 3, 4), [2, 2]);
+    gemm({ a, b, c, alpha: 0, beta: 0.5 });
+    expect(Array.from(c.data())).toEqual([0.5, 1, 1.5, 2]);
+    gemm({ a: a.slice(1, 0, 0), b: b.rows(0, 0), c, beta: 2 });
+    expect(Array.from(c.data())).toEqual([1, 2, 3, 4]);
+    c.data().fill(Number.NaN);
+    gemm({ a: a.slice(1, 0, 0), b: b.rows(0, 0), c });
+    expect(Array.from(c.data())).toEqual([0, 0, 0, 0]);
+  });
+
+  it('names what is missing or disposed', () => {
+    using a = tensor([2, 2], 1);
+    const gone = tensor([2, 2], 2);
+    gone.dispose();
+    expect(() => gemm({ a, b: gone, c: a })).toThrow(
+      expect.objectContaining({ code: 'ERR_LC_DISPOSED', message: expect.stringMatching(/gemm: b/) }),
+    );
+    expect(() => gemm({ a, b: a, c: undefined as unknown as Tensor })).toThrow(expect.objectContaining({ code: 'ERR_LC_NOT_A_TENSOR' }));
+    expect(() => gemm({ a, b: a.view([1, 2, 2]), c: a })).toThrow(expect.objectContaining({ code: 'ERR_LC_SHAPE' }));
+  });
+});
+
 describe('grouped gemm', () => {
+  it.each([false, true])('of views, with alpha and beta, transB %s', (transB) => {
+    const [experts, k, n] = [3, 17, 33];
+    const offsets = Int32Array.from([0, 200, 200, 231]);
+    using at = fromTypedArray(offsets, [4]);
+    using wide = tensor([240, k + 5], 1); // rows beyond the last expert's stay as they are
+    using fused = tensor(transB ? [experts, 2 * n, k] : [experts, k, 2 * n], 2);
+    using c = tensor([240, n], 3);
+    const b = fused.slice(transB ? 1 : 2, n, n);
+    const o = {
+      a: Float32Array.from({ length: 240 * k }, (_, i) => wide.data()[Math.floor(i / k) * (k + 5) + 2 + (i % k)] as number),
+      b: Float32Array.from({ length: experts * k * n }, (_, i) => {
+        const [e, rest] = [Math.floor(i / (k * n)), i % (k * n)];
+        const [row, column] = transB ? [n + Math.floor(rest / k), rest % k] : [Math.floor(rest / n), n + (rest % n)];
+        return fused.data()[e * 2 * k * n + row * (transB ? k : 2 * n) + column] as number;
+      }),
+      c: c.data().slice(),
+      offsets,
+      rows: 240,
+      n,
+      k,
+      transB,
+      alpha: 0.5,
+      beta: -1,
+    };
+    groupedGemm({ a: wide.slice(1, 2, k), b, c, offsets: at, transB, alpha: 0.5, beta: -1 });
+    const want = reference.groupedGemm(o);
+    expect(relativeError(c.rows(0, 231).data(), want.subarray(0, 231 * n))).toBeLessThanOrEqual(tolerance(k));
+    expect(Array.from(c.rows(231, 9).data())).toEqual(Array.from(o.c.subarray(231 * n)));
+  });
+
+  it('gives an expert without rows a gradient of zero, whatever c held', () => {
+    using a = tensor([5, 3], 1);
+    using b = tensor([5, 4], 2);
+    using c = fromTypedArray(new Float32Array(2 * 12).fill(Number.NaN), [2, 3, 4]);
+    const offsets = Int32Array.from([0, 0, 5]);
+    using at = fromTypedArray(offsets, [3]);
+    groupedGemmWeightGrad({ a, b, c, offsets: at, alpha: 2 });
+    const want = reference.groupedGemmWeightGrad({ a: a.data(), b: b.data(), offsets, m: 3, n: 4, alpha: 2 });
+    expect(relativeError(c.data(), want)).toBeLessThanOrEqual(tolerance(5));
+    expect(Array.from(c.rows(0, 1).data())).toEqual(Array(12).fill(0));
+  });
+
+  it('says what does not fit', () => {
+    using a = tensor([4, 2], 1);
+    using b = tensor([2, 2, 3], 2);
+    using c = tensor([4, 3], 3);
+    using offsets = fromTypedArray(Int32Array.from([0, 4]), [2]);
+    expect(() => groupedGemm({ a, b, c, offsets })).toThrow(/offsets: expected i32\[3\] \(experts \+ 1\), got i32\[2\]/);
+    expect(() => groupedGemm({ a, b, c, offsets, transB: true })).toThrow(
+      /groupedGemm: b: expected \[2,3,2\] beside a f32\[4,2\] and c f32\[4,3\], got f32\[2,2,3\]/,
+    );
+    expect(() => groupedGemm({ a, b: b.view([4, 3]), c, offsets })).toThrow(/b: expected one matrix per expert/);
+  });
   it.each([
     [[0, 7, 7, 20], 4],
     [[0, 0, 0, 131], 3],

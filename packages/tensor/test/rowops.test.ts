@@ -3,6 +3,7 @@ import {
   add,
   addBias,
   axpy,
+  copy,
   embeddingGather,
   embeddingScatterAdd,
   empty,
@@ -140,6 +141,94 @@ describe('rows', () => {
       wantSums[i % 7] = (wantSums[i % 7] as number) + 2 * v;
     });
     expect(relativeError(sums.data(), wantSums)).toBeLessThan(2e-6);
+  });
+
+  it.each([
+    [0, 5],
+    [1, 1],
+    [7, 131],
+    [1000, 8],
+    [4097, 33],
+  ])('sums %i rows of %i, also strided', (rows, width) => {
+    using big = tensor([Math.max(rows, 1), width + 3], 1);
+    const x = big.rows(0, rows).slice(1, 1, width);
+    using out = tensor([width], 2);
+    const before = out.data().slice();
+    const values = Float32Array.from(
+      { length: rows * width },
+      (_, i) => big.data()[Math.floor(i / width) * (width + 3) + 1 + (i % width)] as number,
+    );
+    const want = reference.sumRows(values, width);
+    sumRows({ x, out, accumulate: true });
+    // Rounding is measured against the magnitudes that were added, which may cancel.
+    const largest = Math.max(1, ...reference.sumRows(values.map(Math.abs), width));
+    out.data().forEach((v, i) => expect(Math.abs(v - (want[i] as number) - (before[i] as number)) / largest).toBeLessThan(5e-7));
+    sumRows({ x, out });
+    out.data().forEach((v, i) => expect(Math.abs(v - (want[i] as number)) / largest).toBeLessThan(5e-7));
+  });
+
+  it('works on strided rows, long rows and single vectors, and leaves the gaps alone', () => {
+    using big = tensor([9, 50], 1);
+    using bias = tensor([20], 2);
+    const before = big.data().slice();
+    const [x, y] = [big.slice(1, 0, 20), big.slice(1, 25, 20)];
+    axpy({ x, y, alpha: -2 });
+    scale({ x, factor: 3 });
+    addBias({ x, bias });
+    add({ a: x, b: y, out: y });
+    for (let i = 0; i < big.numel; i++) {
+      const [column, value] = [i % 50, before[i] as number];
+      let want = value;
+      if (column < 20) want = 3 * value + (bias.data()[column] as number);
+      else if (column >= 25 && column < 45) {
+        const xv = before[i - 25] as number;
+        want = value - 2 * xv + 3 * xv + (bias.data()[column - 25] as number);
+      }
+      expect(Math.abs((big.data()[i] as number) - want)).toBeLessThan(3e-6);
+    }
+    using long = tensor([100_003], 3);
+    const values = long.data().slice();
+    axpy({ x: long, y: long, alpha: 1 });
+    scale({ x: long, factor: 0.5 });
+    expect(long.data()).toEqual(values);
+  });
+
+  it('refuses outputs that overlap an input partly, and the wrong dtype', () => {
+    using t = tensor([10, 8], 1);
+    using half = empty([4, 8], { dtype: 'bf16' });
+    using weight = tensor([8], 2);
+    const overlapping = expect.objectContaining({ code: 'ERR_LC_ARGUMENT', message: expect.stringMatching(/overlaps/) });
+    expect(() => add({ a: t.rows(0, 4), b: t.rows(4, 4), out: t.rows(1, 4) })).toThrow(overlapping);
+    expect(() => axpy({ x: t.rows(0, 4), y: t.rows(3, 4) })).toThrow(overlapping);
+    expect(() => rmsNorm({ x: t.rows(0, 4), weight, out: t.rows(2, 4), eps: 1e-5 })).toThrow(overlapping);
+    expect(() => addBias({ x: t.rows(0, 4), bias: t.rows(3, 1).view([8]) })).toThrow(overlapping);
+    expect(() => scale({ x: half, factor: 2 })).toThrow(expect.objectContaining({ code: 'ERR_LC_DTYPE' }));
+    expect(() => scale({ x: t, factor: Number.NaN })).toThrow(expect.objectContaining({ code: 'ERR_LC_ARGUMENT' }));
+    expect(() => add({ a: t.rows(0, 2), b: t.rows(2, 3), out: t.rows(5, 2) })).toThrow(
+      /add: b: expected the shape of out f32\[2,8\], got f32\[3,8\]/,
+    );
+  });
+
+  it.each(['bf16', 'f16'] as const)('gathers from a %s table', (dtype) => {
+    using table = tensor([13, 37], 1);
+    using low = empty([13, 37], { dtype });
+    copy(low, table);
+    const ids = Int32Array.from([12, 0, 5, 5]);
+    using at = fromTypedArray(ids, [4]);
+    using out = empty([4, 37]);
+    embeddingGather({ table: low, ids: at, out });
+    const want = reference.embeddingGather(table.data(), ids, 37).map((v) => reference.round(v, dtype));
+    expect(Array.from(out.data())).toEqual(Array.from(want));
+  });
+
+  it('scatter-adds many tokens like the reference', () => {
+    const ids = Int32Array.from({ length: 500 }, (_, i) => (i * i) % 11);
+    using at = fromTypedArray(ids, [500]);
+    using dout = tensor([500, 70], 1);
+    using dTable = tensor([11, 70], 2);
+    const want = reference.embeddingScatterAdd(dout.data(), ids, dTable.data().slice(), 70);
+    embeddingScatterAdd({ dout, ids: at, dTable });
+    expect(relativeError(dTable.data(), want)).toBeLessThan(1e-6);
   });
 
   it('embedding gather and scatter-add, with repeated ids', () => {
