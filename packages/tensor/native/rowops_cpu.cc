@@ -166,11 +166,14 @@ void embedding_gather(const EmbeddingParams& p) {
 }
 
 void embedding_scatter_add(const EmbeddingParams& p) {
-  // By column ranges, tokens in order: no two threads touch one element, and the order is fixed.
-  parallel(0, p.width, std::max<int64_t>(16, kTaskElements / std::max<int64_t>(1, p.n)), [&](int64_t begin, int64_t end) {
+  // A table row belongs to one task (by id), which takes the tokens in order: no two threads touch one element, and the order is fixed.
+  const int64_t tasks = std::clamp<int64_t>(p.n * p.width / kTaskElements, 1, num_threads() * 4);
+  parallel(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = 0; i < p.n; i++) {
-      float* row = p.dtable + static_cast<int64_t>(p.ids[i]) * p.ldtable;
-      add_row(row + begin, p.dout + i * p.ldout + begin, row + begin, end - begin);
+      const int64_t id = p.ids[i], task = id % tasks;
+      if (task < begin || task >= end) continue;
+      float* row = p.dtable + id * p.ldtable;
+      add_row(row, p.dout + i * p.ldout, row, p.width);
     }
   });
 }
