@@ -9,7 +9,9 @@
   },
   'target_defaults': {
     'include_dirs': ['include', '<!(node -p "require(\'node-addon-api\').include_dir")'],
-    'defines': ['NAPI_VERSION=8', 'NODE_ADDON_API_CPP_EXCEPTIONS', 'LCTX_VERSION="<(lc_version)"'],
+    'defines': ['NAPI_VERSION=8', 'NODE_ADDON_API_CPP_EXCEPTIONS',
+                # A worker that is terminated inside a native call must not abort the process.
+                'NODE_API_SWALLOW_UNTHROWABLE_EXCEPTIONS', 'LCTX_VERSION="<(lc_version)"'],
     'cflags!': ['-fno-exceptions'],
     'cflags_cc!': ['-fno-exceptions', '-fno-rtti', '-std=gnu++17', '-std=gnu++20'],
     'cflags': ['-O3', '-ffp-contract=fast', '-fvisibility=hidden', '-fno-math-errno', '-Wall', '-Wextra', '-Wno-unused-parameter', '-Wno-cast-function-type', '-Wno-restrict'],

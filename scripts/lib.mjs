@@ -51,6 +51,11 @@ export function turbo(tasks, extra = []) {
   writeToolchain();
   run(bin('turbo'), ['run', ...tasks, '--concurrency=1', '--output-logs=new-only', '--no-update-notifier', ...extra], {
     // turbo looks for pnpm on the PATH.
-    env: { ...process.env, PATH: `${join(root, 'node_modules/.bin')}:${process.env.PATH}`, TURBO_TELEMETRY_DISABLED: '1', DO_NOT_TRACK: '1' },
+    env: {
+      ...process.env,
+      PATH: `${join(root, 'node_modules/.bin')}:${process.env.PATH}`,
+      TURBO_TELEMETRY_DISABLED: '1',
+      DO_NOT_TRACK: '1',
+    },
   });
 }

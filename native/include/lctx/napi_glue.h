@@ -124,12 +124,11 @@ inline View tensor(Napi::Env env, Napi::Value value, const char* name) {
     if (view.shape[i] == 0) empty = true;
     else extent += static_cast<double>(view.shape[i] - 1) * static_cast<double>(view.strides[i]) * static_cast<double>(item);
   }
-  if (empty) extent = 0;
-  if (static_cast<double>(offset) + extent > static_cast<double>(t->nbytes))
+  if (!empty && static_cast<double>(offset) + extent > static_cast<double>(t->nbytes))
     throw_type(env, "ERR_LC_OUT_OF_BOUNDS", std::string(name) + ": view " + view.describe() + " at byte " + std::to_string(offset) +
                    " passes the end of its " + std::to_string(t->nbytes) + "-byte allocation");
   view.device = t->view.device;
-  view.data = static_cast<char*>(t->view.data) + t->view.byte_offset + offset;
+  view.data = static_cast<char*>(t->view.data) + t->view.byte_offset + (empty ? 0 : offset);
   return view;
 }
 

@@ -75,7 +75,9 @@ export interface CoreNative {
   ): { handle: Handle; dtype: number; shape: number[]; strides: number[]; deviceType: number; deviceId: number };
 }
 
-type NodeGypBuild = (dir: string) => unknown;
+interface NodeGypBuild {
+  path(dir: string): string;
+}
 
 /** The package folder of a file in its `src/` or `dist/`. */
 function packageRoot(from: string): string {
@@ -86,11 +88,12 @@ function packageRoot(from: string): string {
 function load(packageName: string, from: string): unknown {
   const root = packageRoot(from);
   const require = createRequire(join(root, 'package.json'));
-  // The default resolution order of node-gyp-build would let a stale build/Release win over the prebuild.
-  const nodeGypBuild = createRequire(import.meta.url)('node-gyp-build') as NodeGypBuild & { path?: (dir: string) => string };
   let file: string;
+  // A bundle keeps all addons in one folder, without packages around them.
+  const folder = process.env.LCTX_ADDON_DIR;
   try {
-    file = nodeGypBuild.path ? nodeGypBuild.path(root) : root;
+    if (folder) file = join(folder, `${packageName.replace('/', '+')}.glibc.node`);
+    else file = (createRequire(import.meta.url)('node-gyp-build') as NodeGypBuild).path(root);
   } catch (cause) {
     const folder = join(root, 'prebuilds');
     const have = existsSync(folder) ? readdirSync(folder).join(', ') : 'none';

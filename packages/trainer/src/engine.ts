@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import type { PackedSequence } from '@lc/data';
 import { TrainingSession } from '@lc/models';
 import { AdamW } from '@lc/qlora';
-import { fromTypedArray, LcError, Scope, Workspace } from '@lc/tensor';
+import { deviceMemory, fromTypedArray, LcError, Scope, Workspace } from '@lc/tensor';
 import { openSafetensors, writeSafetensors } from '@lc/tensor/safetensors';
 import { plan } from '@lc/vram-probe';
 import type { ResolvedSFTConfig } from './args.js';
@@ -55,7 +55,8 @@ export class TrainingEngine implements Disposable {
       chunk: p.chunk,
       tile: p.tile,
       lossChunk: p.lossChunk,
-      predictedDeviceBytes: p.predictedPeak.device,
+      // What is loaded already (weights, adapters) stays; the plan counts the adapters, too.
+      predictedDeviceBytes: p.predictedPeak.device - p.bytes.adapters + deviceMemory(model.device).liveBytes,
       predictedHostBytes: p.predictedPeak.host,
     };
     try {

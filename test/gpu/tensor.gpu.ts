@@ -1,0 +1,546 @@
+/** @lc/tensor on a GPU, held against f64. A bf16 result may be at most twice as far off as the rounded exact one. */
+import {
+  add,
+  addBias,
+  axpy,
+  copy,
+  cublasLt,
+  type DType,
+  defaultStream,
+  deviceMemory,
+  devices,
+  Event,
+  embeddingGather,
+  embeddingScatterAdd,
+  empty,
+  fill,
+  fromTypedArray,
+  gemm,
+  groupedGemm,
+  groupedGemmWeightGrad,
+  isPinned,
+  loadAddon,
+  memInfo,
+  requireDevice,
+  rmsNorm,
+  rmsNormBackward,
+  Stream,
+  scale,
+  sumRows,
+  type Tensor,
+  zeros,
+} from '@lc/tensor';
+import { assert, test } from './harness.js';
+
+/** Normal numbers, the same every time (mulberry32 and Box-Muller). */
+function random(n: number, seed: number): Float32Array {
+  let state = seed >>> 0;
+  const next = (): number => {
+    state = (state + 0x6d2b79f5) >>> 0;
+    let t = state;
+    t = Math.imul(t ^ (t >>> 15), t | 1);
+    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
+    return ((t ^ (t >>> 14)) >>> 0) / 4294967296;
+  };
+  return Float32Array.from({ length: n }, () => Math.sqrt(-2 * Math.log(1 - next())) * Math.cos(2 * Math.PI * next()));
+}
+const count = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
+
+interface Pair {
+  gpu: Tensor;
+  /** What the GPU holds, in f32. */
+  values: Float32Array;
+}
+/** Random values of a dtype, on the GPU and here. `pad`: extra columns, so that rows are strided. */
+function make(shape: number[], dtype: 'f32' | 'bf16', seed: number, pad = 0): Pair {
+  const last = shape.at(-1) as number;
+  const padded = [...shape.slice(0, -1), last + pad];
+  using source = fromTypedArray(random(count(padded), seed), padded);
+  using low = empty(padded, { dtype });
+  copy(low, source);
+  const gpu = empty(padded, { dtype, device: 'cuda' });
+  copy(gpu, low);
+  using back = empty(padded);
+  copy(back, low);
+  const view = pad ? gpu.slice(shape.length - 1, 0, last) : gpu;
+  const all = back.data();
+  const values = pad
+    ? Float32Array.from({ length: count(shape) }, (_, i) => all[Math.floor(i / last) * (last + pad) + (i % last)] as number)
+    : all.slice();
+  return { gpu: view, values };
+}
+async function fetch(t: Tensor): Promise<Float32Array> {
+  using packed = empty(t.shape, { device: 'cuda' });
+  copy(packed, t); // to f32, on the device
+  return await packed.read();
+}
+const bf16 = (v: number): number => {
+  const f = Float32Array.of(v);
+  const u = new Uint32Array(f.buffer);
+  u[0] = (((u[0] as number) + 0x7fff + (((u[0] as number) >>> 16) & 1)) & 0xffff0000) >>> 0;
+  return f[0] as number;
+};
+/** |got - want| <= 2 |rounded(want) - want| + what f32 sums of `terms` magnitude may lose. */
+function close(
+  what: string,
+  got: ArrayLike<number>,
+  want: ArrayLike<number>,
+  dtype: DType,
+  magnitude: (i: number) => number,
+  terms: number,
+): void {
+  assert(got.length === want.length, `${what}: ${got.length} values, expected ${want.length}`);
+  for (let i = 0; i < want.length; i++) {
+    const w = want[i] as number;
+    const rounding = dtype === 'bf16' ? 2 * Math.max(Math.abs(bf16(w) - w), Math.abs(w) * 2 ** -9) : 0;
+    const allowed = rounding + magnitude(i) * 2 ** -23 * (4 + Math.sqrt(terms));
+    const error = Math.abs((got[i] as number) - w);
+    assert(error <= allowed, `${what}[${i}]: got ${got[i]}, expected ${w}, allowed ${allowed}`);
+  }
+}
+
+test('devices and errors', () => {
+  const gpu = devices().find((d) => d.device === 'cuda:0');
+  assert(gpu !== undefined, 'no cuda:0 in devices()');
+  console.log(
+    `     ${gpu.name}, compute ${gpu.computeCapability}, driver CUDA ${gpu.driver}, ${(gpu.totalBytes / 2 ** 30).toFixed(1)} GiB, ${((gpu.totalBytes - gpu.freeBytes) / 2 ** 20).toFixed(0)} MiB taken by the context; cuBLASLt: ${cublasLt() ?? 'not found'}`,
+  );
+  let code = '';
+  try {
+    requireDevice('cuda:9');
+  } catch (error) {
+    code = (error as { code: string }).code;
+  }
+  assert(code === 'ERR_LC_NO_DEVICE', `cuda:9 gave ${code}`);
+  try {
+    empty([2 ** 40], { device: 'cuda' });
+  } catch (error) {
+    code = (error as { code: string }).code;
+  }
+  assert(code === 'ERR_LC_OUT_OF_MEMORY', `4 TiB gave ${code}`);
+});
+
+test('memory: zeros, fill, pinned copies, counters, pool', async () => {
+  const before = deviceMemory('cuda').liveBytes;
+  {
+    using a = zeros([1000, 333], { device: 'cuda', label: 'probe' });
+    assert(
+      (await a.read()).every((v) => v === 0),
+      'zeros are not zero',
+    );
+    fill(a, 2.5);
+    assert(
+      (await a.read()).every((v) => v === 2.5),
+      'fill',
+    );
+    using host = empty([1000, 333], { device: 'host' });
+    assert(isPinned(host), 'host memory is not pinned');
+    host.data().set(random(333000, 1));
+    copy(a, host);
+    const back = await a.read();
+    assert(
+      back.every((v, i) => v === host.data()[i]),
+      'host to device and back',
+    );
+    assert(deviceMemory('cuda').byLabel.probe?.liveBytes === 1000 * 333 * 4, 'label counter');
+  }
+  assert(deviceMemory('cuda').liveBytes === before, 'live bytes after dispose');
+  const free = memInfo('cuda').freeBytes;
+  for (let i = 0; i < 100; i++) empty([64 << 20], { dtype: 'u8', device: 'cuda' }).dispose();
+  await defaultStream('cuda').sync();
+  assert(memInfo('cuda').freeBytes >= free - (128 << 20), 'the pool does not give memory back to itself');
+});
+
+test('streams and events order copies', async () => {
+  using s1 = new Stream('cuda');
+  using s2 = new Stream('cuda');
+  using e = new Event('cuda');
+  using host = empty([1 << 22], { device: 'host' });
+  using out = empty([1 << 22], { device: 'host' });
+  using gpu = empty([1 << 22], { device: 'cuda' });
+  host.data().set(random(1 << 22, 3));
+  await defaultStream('cuda').sync();
+  for (let round = 0; round < 5; round++) {
+    host.data()[round] = round + 100;
+    s1.copy(gpu, host);
+    e.record(s1);
+    s2.wait(e);
+    s2.copy(out, gpu);
+    await s2.sync();
+    assert(e.query(), 'event not done after its stream');
+    assert(out.data()[round] === round + 100 && out.data().every((v, i) => v === host.data()[i]), `round ${round}`);
+  }
+});
+
+test('casts match the CPU bit for bit, strided too', async () => {
+  const dtypes: DType[] = ['f32', 'bf16', 'f16', 'i32', 'i64', 'u8'];
+  const values = Float32Array.from([
+    ...random(300, 5),
+    0,
+    -0,
+    1e9,
+    -3e9,
+    65520,
+    300,
+    -1,
+    Number.NaN,
+    Number.POSITIVE_INFINITY,
+    1e-40,
+    2.5,
+    3.5,
+  ]);
+  values.forEach((v, i) => {
+    if (i % 3 === 0) values[i] = v * 1000;
+  });
+  for (const from of dtypes) {
+    for (const to of dtypes) {
+      using source = fromTypedArray(values, [values.length / 4, 4]);
+      using a = empty(source.shape, { dtype: from });
+      copy(a, source);
+      using want = empty(source.shape, { dtype: to });
+      copy(want, a);
+      using ga = empty(source.shape, { dtype: from, device: 'cuda' });
+      copy(ga, a);
+      using wide = zeros([source.shape[0] as number, 7], { dtype: to, device: 'cuda' });
+      copy(wide.slice(1, 2, 4), ga);
+      using got = empty(source.shape, { dtype: to, device: 'cuda' });
+      copy(got, wide.slice(1, 2, 4));
+      const [g, w] = [await got.read<Uint8Array>(), await want.read<Uint8Array>()];
+      for (let i = 0; i < w.length; i++) {
+        const nan = (to === 'bf16' && ((w[i] as number) & 0x7fff) > 0x7f80) || (to === 'f16' && ((w[i] as number) & 0x7fff) > 0x7c00);
+        const same = Object.is(g[i], w[i]) || (nan && ((g[i] as number) & 0x7f80) >= 0x7c00);
+        assert(same, `${from} -> ${to} [${i}]: ${g[i]}, expected ${w[i]} from ${values[i]}`);
+      }
+    }
+  }
+});
+
+for (const dtype of ['f32', 'bf16'] as const) {
+  test(`row ops, ${dtype}`, async () => {
+    for (const [rows, width, pad] of [
+      [1, 7, 0],
+      [7, 2880, 0],
+      [131, 192, 8],
+      [300, 33, 3],
+    ] as const) {
+      const name = `${dtype} ${rows}x${width}`;
+      const x = make([rows, width], dtype, 1, pad);
+      const y = make([rows, width], dtype, 2);
+      const w = make([width], dtype, 3);
+      using out = empty([rows, width], { dtype, device: 'cuda' });
+      const X = (i: number): number => x.values[i] as number;
+      const Y = (i: number): number => y.values[i] as number;
+      const W = (i: number): number => w.values[i % width] as number;
+      const mapped = (fn: (i: number) => number): Float64Array => Float64Array.from({ length: rows * width }, (_, i) => fn(i));
+      add({ a: x.gpu, b: y.gpu, out });
+      close(
+        `add ${name}`,
+        await fetch(out),
+        mapped((i) => X(i) + Y(i)),
+        dtype,
+        (i) => Math.abs(X(i)) + Math.abs(Y(i)),
+        2,
+      );
+      copy(out, x.gpu);
+      addBias({ x: out, bias: w.gpu });
+      close(
+        `addBias ${name}`,
+        await fetch(out),
+        mapped((i) => X(i) + W(i)),
+        dtype,
+        (i) => Math.abs(X(i)) + Math.abs(W(i)),
+        2,
+      );
+      copy(out, x.gpu);
+      axpy({ x: y.gpu, y: out, alpha: -1.5 });
+      close(
+        `axpy ${name}`,
+        await fetch(out),
+        mapped((i) => X(i) - 1.5 * Y(i)),
+        dtype,
+        (i) => Math.abs(X(i)) + 1.5 * Math.abs(Y(i)),
+        2,
+      );
+      copy(out, x.gpu);
+      scale({ x: out, factor: 0.3 });
+      close(
+        `scale ${name}`,
+        await fetch(out),
+        mapped((i) => X(i) * Math.fround(0.3)),
+        dtype,
+        (i) => Math.abs(X(i)),
+        2,
+      );
+      using sums = zeros([width], { device: 'cuda' });
+      sumRows({ x: x.gpu, out: sums, accumulate: true });
+      const sum = new Float64Array(width);
+      const magnitude = new Float64Array(width);
+      for (let i = 0; i < rows * width; i++) {
+        sum[i % width] = (sum[i % width] as number) + X(i);
+        magnitude[i % width] = (magnitude[i % width] as number) + Math.abs(X(i));
+      }
+      close(`sumRows ${name}`, await fetch(sums), sum, 'f32', (i) => magnitude[i] as number, rows);
+
+      const inverse = Float64Array.from(
+        { length: rows },
+        (_, r) => 1 / Math.sqrt(x.values.subarray(r * width, (r + 1) * width).reduce((s, v) => s + v * v, 0) / width + 1e-5),
+      );
+      rmsNorm({ x: x.gpu, weight: w.gpu, out, eps: 1e-5 });
+      close(
+        `rmsNorm ${name}`,
+        await fetch(out),
+        mapped((i) => X(i) * (inverse[Math.floor(i / width)] as number) * W(i)),
+        dtype,
+        (i) => Math.abs(X(i) * W(i)) * (inverse[Math.floor(i / width)] as number),
+        width,
+      );
+      using dWeight = zeros([width], { device: 'cuda' });
+      rmsNormBackward({ x: x.gpu, weight: w.gpu, dout: y.gpu, dx: out, eps: 1e-5, dWeight });
+      const projection = Float64Array.from({ length: rows }, (_, r) => {
+        let s = 0;
+        for (let j = 0; j < width; j++) s += X(r * width + j) * Y(r * width + j) * W(j);
+        return s;
+      });
+      const dx = mapped((i) => {
+        const r = Math.floor(i / width);
+        const v = inverse[r] as number;
+        return v * (Y(i) * W(i) - (X(i) * v * v * (projection[r] as number)) / width);
+      });
+      close(
+        `rmsNormBackward ${name}`,
+        await fetch(out),
+        dx,
+        dtype,
+        (i) => (inverse[Math.floor(i / width)] as number) * (Math.abs(Y(i) * W(i)) + Math.abs(X(i)) * 3),
+        width,
+      );
+      const dw = new Float64Array(width);
+      const dwMagnitude = new Float64Array(width);
+      for (let i = 0; i < rows * width; i++) {
+        const term = X(i) * Y(i) * (inverse[Math.floor(i / width)] as number);
+        dw[i % width] = (dw[i % width] as number) + term;
+        dwMagnitude[i % width] = (dwMagnitude[i % width] as number) + Math.abs(term);
+      }
+      close(`dWeight ${name}`, await fetch(dWeight), dw, 'f32', (i) => dwMagnitude[i] as number, rows + width);
+
+      using ids = empty([rows], { dtype: 'i32', device: 'cuda' });
+      const idValues = Int32Array.from({ length: rows }, (_, i) => (i * 5) % 11);
+      using idHost = fromTypedArray(idValues, [rows]);
+      copy(ids, idHost);
+      const table = make([11, width], dtype, 9);
+      embeddingGather({ table: table.gpu, ids, out });
+      const gathered = await fetch(out);
+      assert(
+        gathered.every((v, i) => v === table.values[(idValues[Math.floor(i / width)] as number) * width + (i % width)]),
+        `gather ${name}`,
+      );
+      using dTable = zeros([11, width], { device: 'cuda' });
+      embeddingScatterAdd({ dout: y.gpu, ids, dTable });
+      const scattered = new Float64Array(11 * width);
+      for (let i = 0; i < rows * width; i++) {
+        const at = (idValues[Math.floor(i / width)] as number) * width + (i % width);
+        scattered[at] = (scattered[at] as number) + Y(i);
+      }
+      close(`scatter ${name}`, await fetch(dTable), scattered, 'f32', () => 4 * Math.sqrt(rows), rows);
+    }
+  });
+}
+
+function gemmReference(
+  a: Float32Array,
+  b: Float32Array,
+  m: number,
+  n: number,
+  k: number,
+  ta: boolean,
+  tb: boolean,
+): { sum: Float64Array; magnitude: Float64Array } {
+  const sum = new Float64Array(m * n);
+  const magnitude = new Float64Array(m * n);
+  for (let i = 0; i < m; i++) {
+    for (let j = 0; j < n; j++) {
+      let s = 0;
+      let q = 0;
+      for (let p = 0; p < k; p++) {
+        const term = (a[ta ? p * m + i : i * k + p] as number) * (b[tb ? j * k + p : p * n + j] as number);
+        s += term;
+        q += Math.abs(term);
+      }
+      sum[i * n + j] = s;
+      magnitude[i * n + j] = q;
+    }
+  }
+  return { sum, magnitude };
+}
+
+for (const [dtype, cType, backend] of [
+  ['bf16', 'bf16', 1],
+  ['bf16', 'f32', 1],
+  ['f32', 'f32', 1],
+  ['bf16', 'bf16', 2],
+  ['bf16', 'f32', 2],
+  ['f32', 'f32', 2],
+] as const) {
+  test(`gemm ${dtype} -> ${cType}, ${backend === 1 ? 'own kernel' : 'cuBLASLt'}`, async () => {
+    if (backend === 2 && !cublasLt()) return console.log('     skipped: no cuBLASLt');
+    let seed = 0;
+    for (const [m, n, k] of [
+      [1, 1, 1],
+      [7, 5, 3],
+      [128, 128, 64],
+      [131, 257, 72],
+      [64, 200, 300],
+      [300, 24, 136],
+    ] as const) {
+      for (const ta of [false, true]) {
+        for (const tb of [false, true]) {
+          seed += 3;
+          if (backend === 2 && (n % 8 || k % 8 || m % 8)) continue; // its kernels want 16-byte rows
+          const pad = seed % 2 ? 0 : 8;
+          const a = make(ta ? [k, m] : [m, k], dtype, seed, pad);
+          const b = make(tb ? [n, k] : [k, n], dtype, seed + 1, pad);
+          const c = make([m, n], cType, seed + 2);
+          const { sum, magnitude } = gemmReference(a.values, b.values, m, n, k, ta, tb);
+          const beta = seed % 4 ? 0 : 0.5;
+          const alpha = seed % 3 ? 1 : -0.75;
+          gemm({ a: a.gpu, b: b.gpu, c: c.gpu, transA: ta, transB: tb, alpha, beta, backend });
+          const want = sum.map((s, i) => alpha * s + beta * (c.values[i] as number));
+          close(
+            `${m}x${n}x${k} ${ta} ${tb}`,
+            await fetch(c.gpu),
+            want,
+            cType,
+            (i) => (magnitude[i] as number) + Math.abs(c.values[i] as number),
+            k,
+          );
+        }
+      }
+    }
+  });
+}
+
+test('gemm: large shapes, sampled rows; the same bits twice', async () => {
+  const [m, n, k] = [4096, 2880, 4096];
+  const a = make([m, k], 'bf16', 1);
+  const b = make([n, k], 'bf16', 2);
+  for (const backend of cublasLt() ? ([1, 2] as const) : ([1] as const)) {
+    using c = empty([m, n], { dtype: 'f32', device: 'cuda' });
+    using again = empty([m, n], { dtype: 'f32', device: 'cuda' });
+    gemm({ a: a.gpu, b: b.gpu, c, transB: true, backend });
+    gemm({ a: a.gpu, b: b.gpu, c: again, transB: true, backend });
+    for (const row of [0, 1777, 4095]) {
+      const { sum, magnitude } = gemmReference(a.values.subarray(row * k, (row + 1) * k), b.values, 1, n, k, false, true);
+      close(`backend ${backend} row ${row}`, await fetch(c.rows(row, 1)), sum, 'f32', (i) => magnitude[i] as number, k);
+    }
+    const [x, y] = [await c.read(), await again.read()];
+    assert(
+      x.every((v, i) => v === y[i]),
+      `backend ${backend}: bits differ between two runs`,
+    );
+  }
+});
+
+for (const dtype of ['bf16', 'f32'] as const) {
+  test(`grouped gemm, ${dtype}`, async () => {
+    for (const offsets of [
+      [0, 7, 7, 140, 300],
+      [0, 0, 0, 131],
+      [0, 1, 2, 3, 4, 5, 6, 7, 8],
+    ]) {
+      const experts = offsets.length - 1;
+      const rows = offsets[experts] as number;
+      const [k, n] = [72, 136];
+      using at = empty([experts + 1], { dtype: 'i32', device: 'cuda' });
+      using host = fromTypedArray(Int32Array.from(offsets), [experts + 1]);
+      copy(at, host);
+      const a = make([rows, k], dtype, 1);
+      const g = make([rows, n], dtype, 2);
+      for (const transB of [false, true]) {
+        const b = make(transB ? [experts, n, k] : [experts, k, n], dtype, 3);
+        using c = empty([rows, n], { dtype, device: 'cuda' });
+        groupedGemm({ a: a.gpu, b: b.gpu, c, offsets: at, transB });
+        const got = await fetch(c);
+        for (let e = 0; e < experts; e++) {
+          const [first, last] = [offsets[e] as number, offsets[e + 1] as number];
+          const { sum, magnitude } = gemmReference(
+            a.values.subarray(first * k, last * k),
+            b.values.subarray(e * k * n, (e + 1) * k * n),
+            last - first,
+            n,
+            k,
+            false,
+            transB,
+          );
+          close(`expert ${e} ${transB}`, got.subarray(first * n, last * n), sum, dtype, (i) => magnitude[i] as number, k);
+        }
+      }
+      const dw = make([experts, k, n], 'f32', 4);
+      groupedGemmWeightGrad({ a: a.gpu, b: g.gpu, c: dw.gpu, offsets: at, beta: 1 });
+      const got = await fetch(dw.gpu);
+      for (let e = 0; e < experts; e++) {
+        const [first, last] = [offsets[e] as number, offsets[e + 1] as number];
+        const { sum, magnitude } = gemmReference(
+          a.values.subarray(first * k, last * k),
+          g.values.subarray(first * n, last * n),
+          k,
+          n,
+          last - first,
+          true,
+          false,
+        );
+        const before = dw.values.subarray(e * k * n, (e + 1) * k * n);
+        close(
+          `dW ${e}`,
+          got.subarray(e * k * n, (e + 1) * k * n),
+          sum.map((s, i) => s + (before[i] as number)),
+          'f32',
+          (i) => (magnitude[i] as number) + Math.abs(before[i] as number),
+          last - first,
+        );
+      }
+    }
+  });
+}
+
+interface ScaleAddon {
+  scale(args: { x: Tensor; factor: number; stream: Stream }): void;
+  record(args: { event: Event; stream: Stream }): void;
+  wait(args: { event: Event; stream: Stream }): void;
+}
+test('two separately built addons share memory, streams and events', async () => {
+  using s1 = new Stream('cuda');
+  using s2 = new Stream('cuda');
+  using e1 = new Event('cuda');
+  using e2 = new Event('cuda');
+  using x = zeros([1 << 24], { device: 'cuda' });
+  fill(x, 1);
+  await defaultStream('cuda').sync();
+  for (const name of ['@lc/gpu-addon-a', '@lc/gpu-addon-b']) {
+    const free = memInfo('cuda').freeBytes;
+    const start = performance.now();
+    const addon = loadAddon<ScaleAddon>({ packageName: name, from: import.meta.url })();
+    const loaded = performance.now();
+    addon.scale({ x: x.rows(0, 1), factor: 1, stream: s1 });
+    await s1.sync();
+    console.log(
+      `     ${name}: load ${(loaded - start).toFixed(1)} ms, first launch ${(performance.now() - loaded).toFixed(1)} ms, VRAM ${((free - memInfo('cuda').freeBytes) / 2 ** 20).toFixed(1)} MiB`,
+    );
+  }
+  const a = loadAddon<ScaleAddon>({ packageName: '@lc/gpu-addon-a', from: import.meta.url })();
+  const b = loadAddon<ScaleAddon>({ packageName: '@lc/gpu-addon-b', from: import.meta.url })();
+  // A on one stream, B on another, @lc/tensor on its own; order only through events of @lc/tensor that the addons record and wait for.
+  for (let round = 0; round < 20; round++) {
+    a.scale({ x, factor: 2, stream: s1 });
+    a.record({ event: e1, stream: s1 });
+    b.wait({ event: e1, stream: s2 });
+    b.scale({ x, factor: 0.5, stream: s2 });
+    b.record({ event: e2, stream: s2 });
+    s1.wait(e2);
+  }
+  defaultStream('cuda').wait(e2);
+  scale({ x, factor: 3 });
+  assert(
+    (await x.read()).every((v) => v === 3),
+    'wrong values: work was not ordered, or memory not shared',
+  );
+});
