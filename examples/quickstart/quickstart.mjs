@@ -10,7 +10,9 @@ import { loadDataset } from '@lc/data';
 import { FastLanguageModel, formatTrainableTable, ProgressDisplay, SFTTrainer, trainableTable } from '@lc/trainer';
 
 const here = dirname(fileURLToPath(import.meta.url));
-const { values } = parseArgs({ options: { steps: { type: 'string', default: '60' }, out: { type: 'string', default: join(here, 'outputs') } } });
+const { values } = parseArgs({
+  options: { steps: { type: 'string', default: '60' }, out: { type: 'string', default: join(here, 'outputs') } },
+});
 const maxSteps = Number(values.steps);
 const maxSeqLength = 4096;
 
@@ -28,16 +30,36 @@ const training = chapters.filter((_, i) => i % 16 !== 15);
 const { model, tokenizer } = await FastLanguageModel.fromPretrained(join(here, 'tiny-gpt-oss'), {
   maxSeqLength,
   loadIn4bit: true,
-  ropeScaling: { rope_type: 'yarn', factor: 8, beta_fast: 32, beta_slow: 1, original_max_position_embeddings: 512, truncate: false, rope_theta: 150000 },
+  ropeScaling: {
+    rope_type: 'yarn',
+    factor: 8,
+    beta_fast: 32,
+    beta_slow: 1,
+    original_max_position_embeddings: 512,
+    truncate: false,
+    rope_theta: 150000,
+  },
 });
 FastLanguageModel.getPeftModel(model, { r: 16, loraAlpha: 32, targetModules: ['q_proj', 'k_proj', 'v_proj', 'o_proj'] });
 
 const load = (paths, shuffle) =>
-  loadDataset({ paths, tokenizer, maxLength: maxSeqLength, excessLengthStrategy: 'split', shuffle, seed: 3407, onNotice: (text) => console.error(`data   ${text}`) });
+  loadDataset({
+    paths,
+    tokenizer,
+    maxLength: maxSeqLength,
+    excessLengthStrategy: 'split',
+    shuffle,
+    seed: 3407,
+    onNotice: (text) => console.error(`data   ${text}`),
+  });
 const trainDataset = await load(training, true);
 const evalDataset = await load(heldOut, false);
-console.error(`model  tiny-gpt-oss: 4 layers, 3.95 M parameters, base in 4 bits (NF4)\n${formatTrainableTable(trainableTable(model.parameters))}`);
-console.error(`data   Moby-Dick: ${training.length} chapters (${trainDataset.tokens} tokens) to learn, ${heldOut.length} held out (${evalDataset.tokens} tokens)`);
+console.error(
+  `model  tiny-gpt-oss: 4 layers, 3.95 M parameters, base in 4 bits (NF4)\n${formatTrainableTable(trainableTable(model.parameters))}`,
+);
+console.error(
+  `data   Moby-Dick: ${training.length} chapters (${trainDataset.tokens} tokens) to learn, ${heldOut.length} held out (${evalDataset.tokens} tokens)`,
+);
 
 const display = new ProgressDisplay();
 const trainer = new SFTTrainer({

@@ -1,0 +1,1 @@
+#include "../../abi-addon-a/native/addon.cc"
