@@ -1,6 +1,7 @@
 // Answers build questions for gyp and turbo: `cuda` (0/1), `home`, `archs`, `key`, `version`, or `toolchain` (a text that changes with the compilers).
 //   LCTX_CUDA=1 builds CUDA code (a missing toolkit is an error), =0 never; otherwise it is built when an NVIDIA driver is present.
 //   LCTX_CUDA_ARCHS=80,90a picks targets; `release` all of them; default: this machine's cards.
+//   CUDA_HOME or CUDA_PATH, when set, is the only place looked at.
 const { execFileSync } = require('node:child_process');
 const { createHash } = require('node:crypto');
 const { existsSync, readFileSync } = require('node:fs');
@@ -16,8 +17,9 @@ const run = (command, args) => {
 };
 
 function cudaHome() {
+  const wish = process.env.CUDA_HOME || process.env.CUDA_PATH;
   const fromPath = run('sh', ['-c', 'command -v nvcc']).trim();
-  const candidates = [process.env.CUDA_HOME, process.env.CUDA_PATH, fromPath && dirname(dirname(fromPath)), '/usr/local/cuda', '/opt/cuda'];
+  const candidates = wish ? [wish] : [fromPath && dirname(dirname(fromPath)), '/usr/local/cuda', '/opt/cuda'];
   return candidates.find((home) => home && existsSync(join(home, 'bin/nvcc')) && existsSync(join(home, 'include/cuda_runtime.h'))) ?? '';
 }
 
@@ -31,7 +33,12 @@ function cuda() {
   if (!wanted) return { on: false, why: '[lc] no NVIDIA driver here: building CPU-only addons (LCTX_CUDA=1 builds CUDA code anyway)' };
   if (cudaHome()) return { on: true, why: '' };
   const message = '[lc] no CUDA toolkit found (set CUDA_HOME): building CPU-only addons; device "cuda" will not be available';
-  if (wish === '1') throw new Error(`[lc] LCTX_CUDA=1, but no CUDA toolkit was found; install nvcc 13 or set CUDA_HOME`);
+  if (wish === '1') {
+    const where = process.env.CUDA_HOME || process.env.CUDA_PATH;
+    throw new Error(
+      `[lc] LCTX_CUDA=1, but no CUDA toolkit was found${where ? ` in ${where}` : ''}: install nvcc 13, or set CUDA_HOME to where it is`,
+    );
+  }
   return { on: false, why: message };
 }
 
@@ -67,7 +74,8 @@ function key() {
 /** What turbo hashes besides files: compilers come and go without any file of the repository changing. */
 function toolchain() {
   const { on } = cuda();
-  return `${version(process.env.CXX || 'g++').split('\n')[0]}\n${on ? `${nvccVersion()}\narchs ${archs().join()}` : 'cpu only'}\nnode ABI ${process.versions.modules}\n`;
+  const compiler = run('sh', ['-c', `${process.env.CXX || 'g++'} --version`]).split('\n')[0]; // CXX may be two words: ccache g++
+  return `${compiler}\n${on ? `${nvccVersion()}\narchs ${archs().join()}` : 'cpu only'}\nnode ABI ${process.versions.modules}\n`;
 }
 
 const answers = {

@@ -8,18 +8,16 @@ import { fileURLToPath } from 'node:url';
 export const root = dirname(dirname(fileURLToPath(import.meta.url)));
 export const manifest = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'));
 
-/** Runs a command in the foreground; exits with its code when it fails. */
-export function run(command, args, options = {}) {
+/** Runs a command in the foreground and gives its exit code; without `allowFailure` this process exits when it fails. */
+export function run(command, args, { allowFailure = false, ...options } = {}) {
   const result = spawnSync(command, args, { cwd: root, stdio: 'inherit', ...options });
-  if (result.error) {
-    console.error(`[lc] ${command}: ${result.error.message}`);
-    process.exit(1);
+  const code = result.error ? 127 : (result.status ?? 1); // null: ended by a signal
+  if (code !== 0) {
+    const why = result.error?.message ?? (result.signal ? `ended by ${result.signal}` : `exit code ${code}`);
+    console.error(`[lc] failed: ${command} ${args.join(' ')} (${why})`);
+    if (!allowFailure) process.exit(code);
   }
-  if (result.status !== 0 && !options.allowFailure) {
-    console.error(`[lc] failed: ${command} ${args.join(' ')}`);
-    process.exit(result.status ?? 1);
-  }
-  return result.status ?? 1;
+  return code;
 }
 
 /** pnpm at the version that package.json pins; nothing needs to be installed globally. */
@@ -39,10 +37,16 @@ export function install() {
 /** turbo does not see compilers: their versions go into a file that it hashes. Prints why CUDA is left out, if it is. */
 export function writeToolchain() {
   const detect = createRequire(import.meta.url)('../native/detect.cjs');
-  const { why } = detect.cuda();
-  if (why) console.log(why);
+  let text;
+  try {
+    const { why } = detect.cuda();
+    if (why) console.log(why);
+    text = detect.toolchain();
+  } catch (error) {
+    console.error(error.message);
+    process.exit(1);
+  }
   const file = join(root, '.toolchain');
-  const text = detect.toolchain();
   if (!existsSync(file) || readFileSync(file, 'utf8') !== text) writeFileSync(file, text);
 }
 

@@ -1,42 +1,45 @@
 // `npm test`: set-up, lint, types, then every package's tests. The last line sums them: N passed, N failed, N skipped.
-import './setup.mjs';
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { mkdirSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { bin, root, run } from './lib.mjs';
+import { summary, tallyReport } from './tally.mjs';
+
+const started = performance.now();
+const minutes = () => `${((performance.now() - started) / 60_000).toFixed(1)} min`;
+const total = { passed: 0, failed: 0, skipped: 0 };
+const problems = [];
+const check = (what, command, args) => {
+  if (run(command, args, { allowFailure: true }) === 0) return;
+  total.failed++;
+  problems.push(what);
+};
+const finish = () => {
+  console.log(`\n${minutes()} in all`);
+  for (const problem of problems) console.log(`failed: ${problem}`);
+  console.log(summary(total));
+  process.exit(total.failed > 0 ? 1 : 0);
+};
+
+check('set-up', process.execPath, [join(root, 'scripts/setup.mjs')]);
+if (total.failed > 0) finish();
+console.log(`== set up after ${minutes()}`);
+check('lint', bin('biome'), ['ci', '.']);
+check('types', bin('tsc'), ['--noEmit', '-p', 'tsconfig.json']);
 
 const reports = join(root, '.test-reports');
 rmSync(reports, { recursive: true, force: true });
 mkdirSync(reports);
-
-const problems = [];
-const check = (what, command, args, options = {}) => {
-  if (run(command, args, { allowFailure: true, ...options }) !== 0) problems.push(what);
-};
-check('lint', bin('biome'), ['ci', '.']);
-check('types', bin('tsc'), ['--noEmit', '-p', 'tsconfig.json']);
-
-const total = { passed: 0, failed: 0, skipped: 0 };
 const suites = [
   ...readdirSync(join(root, 'packages')).map((name) => ({ name, dir: join(root, 'packages', name) })),
   { name: 'test', dir: join(root, 'test') },
 ];
 for (const { name, dir } of suites) {
-  console.log(`\n== ${name}`);
-  check(`tests of ${name}`, process.execPath, [join(root, 'scripts/vitest.mjs'), name], { cwd: dir });
-  const file = join(reports, `${name}.json`);
-  if (!existsSync(file)) {
-    problems.push(`${name} wrote no report`);
-    continue;
-  }
-  const report = JSON.parse(readFileSync(file, 'utf8'));
-  total.passed += report.numPassedTests;
-  total.failed += report.numFailedTests;
-  total.skipped += report.numPendingTests + report.numTodoTests;
-  if (report.numTotalTests === 0) problems.push(`${name} has no tests`);
+  console.log(`\n== ${name} (after ${minutes()})`);
+  const code = run(process.execPath, [join(root, 'scripts/vitest.mjs'), name], { cwd: dir, allowFailure: true });
+  const tally = tallyReport(name, join(reports, `${name}.json`), code);
+  total.passed += tally.passed;
+  total.failed += tally.failed;
+  total.skipped += tally.skipped;
+  problems.push(...tally.problems);
 }
-// What failed outside a test (lint, types, a crashed suite) counts as a failure too.
-const outside = problems.filter((problem) => !problem.startsWith('tests of') || total.failed === 0);
-total.failed += outside.length;
-if (problems.length > 0) console.log(`\nfailed: ${problems.join(', ')}`);
-console.log(`${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`);
-process.exit(total.failed > 0 ? 1 : 0);
+finish();

@@ -11,4 +11,5 @@ export default defineConfig({
   shims: true,
   target: 'node20',
   clean: true,
+  silent: true,
 });
