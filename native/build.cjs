@@ -12,8 +12,13 @@ const env = { ...process.env };
 const prefix = join(dirname(process.execPath), '..');
 if (existsSync(join(prefix, 'include/node/node_api.h'))) env.npm_config_nodedir = prefix;
 
-const { why } = cuda();
-if (why) console.log(why);
+try {
+  const { why } = cuda();
+  if (why) console.log(why);
+} catch (error) {
+  console.error(error.message);
+  process.exit(1);
+}
 const jobs = process.env.LCTX_JOBS ?? String(availableParallelism());
 for (const folder of process.argv.slice(2)) {
   const dir = resolve(root, folder);

@@ -91,5 +91,10 @@ module.exports = { archs, cuda, cudaHome, toolchain };
 if (require.main === module) {
   const answer = answers[process.argv[2]];
   if (!answer) throw new Error(`detect.cjs: unknown question ${process.argv[2]}`);
-  process.stdout.write(answer());
+  try {
+    process.stdout.write(answer());
+  } catch (error) {
+    console.error(error.message);
+    process.exitCode = 1;
+  }
 }
