@@ -1,8 +1,25 @@
 #include "lctx/napi_glue.h"
 #include "tiled_mlp.h"
+#ifdef LCTX_WITH_CUDA
+#include "cuda_addon.h"
+#endif
 
 namespace lctx::mlp {
 namespace {
+
+/* Ops whose main operand is on a GPU go to cuda_addon.cc. */
+bool to_cuda(const Args& args, const char* key, void (*op)(const Args&)) {
+  const View v = args.tensor(key);
+  if (v.device.device_type != kDLCUDA) return false;
+  if (!op) args.fail("ERR_LC_NO_PREBUILD", "this build of @lc/tiled-mlp has no CUDA code; rebuild with LCTX_CUDA=1 and nvcc, or use CPU tensors");
+  op(args);
+  return true;
+}
+#ifdef LCTX_WITH_CUDA
+#define LCTX_CUDA_OP(name) cuda::name
+#else
+#define LCTX_CUDA_OP(name) nullptr
+#endif
 
 /* f32 on the CPU, [rows, width], rows may be strided. */
 View matrix(const Args& args, const char* key) {
@@ -55,6 +72,7 @@ GluParams glu_params(const Args& args, View& rows_of) {
 
 void glu_op(const Napi::CallbackInfo& info) {
   Args args(info, "glu");
+  if (to_cuda(args, "out", LCTX_CUDA_OP(glu_op))) return;
   View out = matrix(args, "out");
   GluParams p = glu_params(args, out);
   p.out = out.as<float>();
@@ -75,6 +93,7 @@ void glu_op(const Napi::CallbackInfo& info) {
 
 void glu_backward_op(const Napi::CallbackInfo& info) {
   Args args(info, "gluBackward");
+  if (to_cuda(args, "dout", LCTX_CUDA_OP(glu_backward_op))) return;
   View dout = matrix(args, "dout");
   GluParams p = glu_params(args, dout);
   p.dout = dout.as<float>();
@@ -84,6 +103,7 @@ void glu_backward_op(const Napi::CallbackInfo& info) {
 
 void route_op(const Napi::CallbackInfo& info) {
   Args args(info, "route");
+  if (to_cuda(args, "logits", LCTX_CUDA_OP(route_op))) return;
   const View logits = matrix(args, "logits");
   RouteParams p{};
   p.logits = logits.as<float>();
@@ -106,6 +126,7 @@ void route_op(const Napi::CallbackInfo& info) {
 
 void route_backward_op(const Napi::CallbackInfo& info) {
   Args args(info, "routeBackward");
+  if (to_cuda(args, "dlogits", LCTX_CUDA_OP(route_backward_op))) return;
   const View dlogits = matrix(args, "dlogits"), act = matrix(args, "act"), dact = matrix(args, "dact"), dy = matrix(args, "dy");
   const View bias = args.optional_cpu("bias", LCTX_F32), probabilities = optional_matrix(args, "probabilities");
   RouteBackwardParams p{};
@@ -144,6 +165,7 @@ void route_backward_op(const Napi::CallbackInfo& info) {
 
 void gather_op(const Napi::CallbackInfo& info) {
   Args args(info, "gather");
+  if (to_cuda(args, "out", LCTX_CUDA_OP(gather_op))) return;
   const View x = matrix(args, "x"), out = matrix(args, "out");
   GatherParams p{};
   p.rows = out.shape[0];
@@ -164,6 +186,7 @@ void gather_op(const Napi::CallbackInfo& info) {
 
 void combine_op(const Napi::CallbackInfo& info) {
   Args args(info, "combine");
+  if (to_cuda(args, "out", LCTX_CUDA_OP(combine_op))) return;
   const View y = matrix(args, "y"), out = matrix(args, "out"), base = optional_matrix(args, "base");
   const View bias = args.optional_cpu("bias", LCTX_F32);
   CombineParams p{};
