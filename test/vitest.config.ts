@@ -1,4 +1,5 @@
 import { mergeConfig } from 'vitest/config';
 import shared from '../vitest.shared.mjs';
+import { markdownSnippets } from './snippets.mjs';
 
-export default mergeConfig(shared, { test: { include: ['*/**/*.test.ts'] } });
+export default mergeConfig(shared, { plugins: [markdownSnippets()], test: { include: ['*/**/*.test.ts'] } });
