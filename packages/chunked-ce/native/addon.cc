@@ -1,5 +1,8 @@
 #include "chunked_ce.h"
 #include "lctx/napi_glue.h"
+#ifdef LCTX_WITH_CUDA
+#include "cuda_addon.h"
+#endif
 
 namespace lctx::chunked_ce {
 namespace {
@@ -18,9 +21,23 @@ View matrix(const Args& args, const char* key) {
   return v;
 }
 
+/* Whether the op's main operand is on a GPU; an error where this build cannot serve it. */
+bool on_gpu(const Args& args, const char* key) {
+  if (args.tensor(key).device.device_type != kDLCUDA) return false;
+#ifndef LCTX_WITH_CUDA
+  args.fail("ERR_LC_NO_PREBUILD", "this build of @lc/chunked-ce has no CUDA code; rebuild with LCTX_CUDA=1 and nvcc, or use CPU tensors");
+#endif
+  return true;
+}
+
 /* crossEntropyRows({ logits [rows, vocab], labels i32 [rows], loss f32 [rows], bias?, weights?, ... }) */
 void rows(const Napi::CallbackInfo& info) {
   Args args(info, "chunkedCrossEntropy");
+#ifdef LCTX_WITH_CUDA
+  if (on_gpu(args, "logits")) return cuda::rows(args);
+#else
+  on_gpu(args, "logits");
+#endif
   const View logits = matrix(args, "logits"), loss = args.cpu("loss", LCTX_F32);
   const View bias = args.optional_cpu("bias", LCTX_F32), weights = args.optional_cpu("weights", LCTX_F32);
   const int64_t n = logits.shape[0], vocab = logits.shape[1];
@@ -37,6 +54,11 @@ void rows(const Napi::CallbackInfo& info) {
 
 void move_rows(const Napi::CallbackInfo& info, const char* op, bool gather) {
   Args args(info, op);
+#ifdef LCTX_WITH_CUDA
+  if (on_gpu(args, "src")) return cuda::move(args, gather);
+#else
+  on_gpu(args, "src");
+#endif
   const View src = matrix(args, "src"), dst = matrix(args, "dst");
   const int64_t n = gather ? dst.shape[0] : src.shape[0];
   if (src.shape[1] != dst.shape[1]) args.fail("ERR_LC_SHAPE", "src " + src.describe() + " and dst " + dst.describe() + " differ in width");

@@ -1,4 +1,4 @@
-import { fill, gemm, LcTypeError, sumRows, type Tensor, type Workspace } from '@lc/tensor';
+import { copy, empty, fill, fromTypedArray, gemm, LcTypeError, sumRows, type Tensor, type Workspace } from '@lc/tensor';
 import { native } from './native.js';
 import { type ChunkSize, type CrossEntropyOptions, checkOptions, chunkRows } from './plan.js';
 
@@ -9,7 +9,7 @@ export interface ChunkedCrossEntropyArgs extends CrossEntropyOptions {
   weight: Tensor;
   /** [vocab] or null. */
   bias?: Tensor | null;
-  /** i32 [n], aligned with `hidden` (see `shiftLabels`): row i is scored against labels[i]. */
+  /** i32 [n] on the CPU or host, aligned with `hidden` (see `shiftLabels`): row i is scored against labels[i]. */
   labels: Tensor;
   /** f32 [n]: weight of each token's loss. Default 1. */
   tokenWeights?: Tensor | null;
@@ -23,6 +23,8 @@ export interface ChunkedCrossEntropyArgs extends CrossEntropyOptions {
   dWeight?: Tensor | null;
   /** f32 [vocab]: added to. */
   dBias?: Tensor | null;
+  /** On a GPU, f32 [2] there: the undivided loss is added to it as high and low part (`readLossSum`), so that nothing waits. Then `loss` is NaN. */
+  lossSum?: Tensor | null;
   /** f32 [n]: gets each token's weighted loss, not divided; 0 where ignored. */
   lossPerToken?: Tensor | null;
   ws: Workspace;
@@ -37,6 +39,25 @@ export interface ChunkedCrossEntropyResult {
   readonly gemmRows: number;
   /** Rows of logits that were alive at once. */
   readonly chunkRows: number;
+}
+
+/** Host values to a tensor, wherever it lies. */
+function upload(to: Tensor, values: Int32Array | Float32Array): void {
+  if (!to.device.startsWith('cuda')) {
+    to.data<typeof values>().set(values);
+    return;
+  }
+  // Pageable memory: the driver has taken the values when the call returns.
+  using source = fromTypedArray(values, [values.length]);
+  copy(to, source);
+}
+
+/** The loss in a `lossSum`, waiting for the device. */
+export function readLossSum(sum: Tensor): number {
+  using host = empty([2], { label: 'loss' });
+  copy(host, sum);
+  const [high, low] = host.data() as unknown as [number, number];
+  return high + low;
 }
 
 function check(args: ChunkedCrossEntropyArgs): { n: number; hidden: number; vocab: number } {
@@ -82,6 +103,7 @@ export function chunkedCrossEntropy(args: ChunkedCrossEntropyArgs): ChunkedCross
     dWeight = null,
     dBias = null,
     lossPerToken = null,
+    lossSum = null,
     ws,
     chunk = 'auto',
   } = args;
@@ -113,29 +135,38 @@ export function chunkedCrossEntropy(args: ChunkedCrossEntropyArgs): ChunkedCross
   const weights = tokenWeights?.data();
   if (lossPerToken) fill(lossPerToken, 0);
 
+  const onGpu = hidden.device.startsWith('cuda');
   let loss = 0; // f64, in token order
   let cleared = 0; // rows of dHidden that are done, one way or the other
   ws.scoped(() => {
     const logits = ws.alloc([chunkSize, vocab], 'f32');
+    // On a GPU the gradient takes the first half of each row of logits, as bf16: what the next GEMM wants.
+    const dLogits = onGpu ? logits.reinterpret('bf16', [chunkSize, 2 * vocab]).slice(1, 0, vocab) : logits;
     const gathered = ws.alloc([chunkSize, width]);
     const dGathered = dHidden ? ws.alloc([chunkSize, width]) : null;
     const index = ws.alloc([chunkSize], 'i32');
     const target = ws.alloc([chunkSize], 'i32');
     const rowLoss = ws.alloc([chunkSize], 'f32');
     const rowWeight = weights ? ws.alloc([chunkSize], 'f32') : null;
+    const sum = onGpu ? (lossSum ?? ws.zeros([2], 'f32')) : null;
     for (let at = 0; at < supervised; at += chunkSize) {
       const m = Math.min(chunkSize, supervised - at);
-      const z = logits.rows(0, m);
-      const [first, last] = [rows[at] as number, rows[at + m - 1] as number];
+      const part = rows.subarray(at, at + m);
+      const [first, last] = [part[0] as number, part[m - 1] as number];
       const dense = last - first + 1 === m; // nothing is ignored in between: no gather needed
+      const z = logits.rows(0, m);
+      const dz = dLogits.rows(0, m);
       const ids = index.rows(0, m);
-      ids.data<Int32Array>().set(rows.subarray(at, at + m));
-      const t = target.rows(0, m).data<Int32Array>();
-      for (let i = 0; i < m; i++) t[i] = label[rows[at + i] as number] as number;
-      if (rowWeight && weights) {
-        const w = rowWeight.rows(0, m).data();
-        for (let i = 0; i < m; i++) w[i] = weights[rows[at + i] as number] as number;
-      }
+      upload(ids, part);
+      upload(
+        target.rows(0, m),
+        part.map((row) => label[row] as number),
+      );
+      if (rowWeight && weights)
+        upload(
+          rowWeight.rows(0, m),
+          Float32Array.from(part, (row) => weights[row] as number),
+        );
       let h: Tensor;
       if (dense) h = hidden.rows(first, m);
       else {
@@ -152,28 +183,26 @@ export function chunkedCrossEntropy(args: ChunkedCrossEntropyArgs): ChunkedCross
         ...options,
         inverseTokens: 1 / numTokens,
         gradient,
+        sum,
       });
-      const losses = rowLoss.rows(0, m).data();
-      for (let i = 0; i < m; i++) loss += losses[i] as number;
-      if (lossPerToken) {
-        const out = lossPerToken.data();
-        for (let i = 0; i < m; i++) out[rows[at + i] as number] = losses[i] as number;
-      }
-      if (dWeight) gemm({ a: z, b: h, c: dWeight, transA: true, beta: 1 });
-      if (dBias) sumRows({ x: z, out: dBias, accumulate: true });
+      if (!onGpu) for (const value of rowLoss.rows(0, m).data()) loss += value;
+      if (lossPerToken) native().scatterRows({ src: rowLoss.rows(0, m).view([m, 1]), dst: lossPerToken.view([n, 1]), index: ids });
+      if (dWeight) gemm({ a: dz, b: h, c: dWeight, transA: true, beta: 1 });
+      if (dBias) sumRows({ x: dz, out: dBias, accumulate: true });
       if (dHidden) {
         // Only rows up to `last` are written, and later chunks read only rows after it: dHidden may be hidden.
         if (dense) {
           if (first > cleared) fill(dHidden.rows(cleared, first - cleared), 0);
-          gemm({ a: z, b: weight, c: dHidden.rows(first, m) });
+          gemm({ a: dz, b: weight, c: dHidden.rows(first, m) });
         } else if (dGathered) {
-          gemm({ a: z, b: weight, c: dGathered.rows(0, m) });
+          gemm({ a: dz, b: weight, c: dGathered.rows(0, m) });
           fill(dHidden.rows(cleared, last + 1 - cleared), 0);
           native().scatterRows({ src: dGathered.rows(0, m), dst: dHidden, index: ids });
         }
         cleared = last + 1;
       }
     }
+    if (sum) loss = lossSum ? Number.NaN : readLossSum(sum);
   });
   if (dHidden && cleared < n) fill(dHidden.rows(cleared, n - cleared), 0);
   return { loss: loss / numTokens, supervised, gemmRows: supervised, chunkRows: chunkSize };

@@ -1,4 +1,4 @@
 /** `@lc/chunked-ce`: LM head and cross-entropy without the logits of the whole sequence. */
-export { type ChunkedCrossEntropyArgs, type ChunkedCrossEntropyResult, chunkedCrossEntropy } from './chunked-ce.js';
+export { type ChunkedCrossEntropyArgs, type ChunkedCrossEntropyResult, chunkedCrossEntropy, readLossSum } from './chunked-ce.js';
 export { bytesPerRow, type ChunkSize, type CrossEntropyOptions, chunkRows, shiftLabels } from './plan.js';
 export * as reference from './reference.js';

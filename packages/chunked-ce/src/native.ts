@@ -13,6 +13,8 @@ export interface ChunkedCeNative {
     zLoss: number;
     inverseTokens: number;
     gradient: boolean;
+    /** f32 [2] on a GPU: the sum of the losses is added to sum[0] + sum[1]. */
+    sum?: Tensor | null;
   }): void;
   gatherRows(args: { src: Tensor; dst: Tensor; index: Tensor }): void;
   scatterRows(args: { src: Tensor; dst: Tensor; index: Tensor }): void;

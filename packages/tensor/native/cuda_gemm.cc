@@ -16,8 +16,9 @@ int stream_of(int device, void* given, void** out) {
 
 int run(const GemmLaunch& g, int32_t a, int32_t b, int32_t c, void* stream, const char* op) {
   if (a == LCTX_BF16 && b == LCTX_BF16 && (c == LCTX_BF16 || c == LCTX_F32)) return status(launch_gemm_bf16(g, stream), op);
-  if (a == LCTX_F32 && b == LCTX_F32 && c == LCTX_F32) return status(launch_gemm_f32(g, stream), op);
-  return set_error("ERR_LC_DTYPE", (std::string(op) + ": on CUDA a and b are both bf16 (c bf16 or f32), or all three f32; cast first").c_str());
+  const auto floating = [](int32_t t) { return t == LCTX_F32 || t == LCTX_BF16; };
+  if (floating(a) && floating(b) && floating(c)) return status(launch_gemm_ffma(g, a == LCTX_F32, b == LCTX_F32, stream), op);
+  return set_error("ERR_LC_DTYPE", (std::string(op) + ": on CUDA a, b and c are f32 or bf16 (both inputs bf16 for tensor cores); cast first").c_str());
 }
 
 }  // namespace

@@ -60,7 +60,8 @@ struct GemmLaunch {
   int32_t experts, mode;  /* mode 0: rows of expert e are offsets[e].. of a and c; mode 1: they are the k of c_e */
 };
 int launch_gemm_bf16(const GemmLaunch& p, void* stream); /* mma.sync, sm_80 and up, at most 96 KiB of shared memory */
-int launch_gemm_f32(const GemmLaunch& p, void* stream);  /* FFMA: full f32 */
+/* FFMA: full f32, operands f32 or bf16 in any mixture. */
+int launch_gemm_ffma(const GemmLaunch& p, bool a_f32, bool b_f32, void* stream);
 
 /* cuBLASLt, if this machine has it: 0 done, 1 not available (the caller takes its own kernel), -1 error set. */
 int cublaslt_gemm(const lctx_gemm_params* p, void* stream);
