@@ -82,8 +82,3 @@ export class TurboCopy implements Disposable {
     rmSync(this.dir, { recursive: true, force: true });
   }
 }
-
-/** Names of the tasks whose hash differs. */
-export function changed(before: ReadonlyMap<string, Task>, after: ReadonlyMap<string, Task>): string[] {
-  return [...after.keys()].filter((id) => after.get(id)?.hash !== before.get(id)?.hash).sort();
-}
