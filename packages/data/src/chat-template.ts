@@ -32,14 +32,23 @@ export interface ChatTemplateOptions {
 const workerSource = `
 const { parentPort, workerData } = require('node:worker_threads');
 const { Template } = require(workerData.jinja);
-const pad = (n) => String(n).padStart(2, '0');
 const days = ['Sunday','Monday','Tuesday','Wednesday','Thursday','Friday','Saturday'];
 const months = ['January','February','March','April','May','June','July','August','September','October','November','December'];
 const d = new Date(workerData.date);
-const strftime = (format) => format.replace(/%([a-zA-Z%-])/g, (whole, code) => ({
-  Y: String(d.getUTCFullYear()), m: pad(d.getUTCMonth() + 1), d: pad(d.getUTCDate()), H: pad(d.getUTCHours()), M: pad(d.getUTCMinutes()), S: pad(d.getUTCSeconds()),
-  B: months[d.getUTCMonth()], b: months[d.getUTCMonth()].slice(0, 3), A: days[d.getUTCDay()], a: days[d.getUTCDay()].slice(0, 3), y: pad(d.getUTCFullYear() % 100), '%': '%',
-})[code] ?? whole);
+const hour12 = d.getUTCHours() % 12 || 12;
+const dayOfYear = Math.floor((d - Date.UTC(d.getUTCFullYear(), 0, 1)) / 86400000) + 1;
+const fields = {
+  Y: () => String(d.getUTCFullYear()), y: (w) => w(d.getUTCFullYear() % 100), m: (w) => w(d.getUTCMonth() + 1), d: (w) => w(d.getUTCDate()),
+  e: () => String(d.getUTCDate()).padStart(2), j: (w) => w(dayOfYear, 3), H: (w) => w(d.getUTCHours()), I: (w) => w(hour12), M: (w) => w(d.getUTCMinutes()),
+  S: (w) => w(d.getUTCSeconds()), p: () => (d.getUTCHours() < 12 ? 'AM' : 'PM'), B: () => months[d.getUTCMonth()], b: () => months[d.getUTCMonth()].slice(0, 3),
+  A: () => days[d.getUTCDay()], a: () => days[d.getUTCDay()].slice(0, 3), Z: () => 'UTC', z: () => '+0000', '%': () => '%',
+};
+const padded = (n, width = 2) => String(n).padStart(width, '0');
+// "%-d" is "%d" without padding.
+const strftime = (format) => format.replace(/%(-?)([a-zA-Z%])/g, (whole, bare, code) => {
+  if (!Object.hasOwn(fields, code)) throw new Error("strftime_now: '" + whole + "' is not supported");
+  return fields[code](bare ? String : padded);
+});
 let template;
 let problem;
 try {
@@ -156,11 +165,14 @@ export class ChatTemplate implements AsyncDisposable {
       resourceLimits: { maxOldGenerationSizeMb: 1024 },
     });
     worker.unref();
+    // A worker that was stopped may still have an answer on its way: it is not the next one's.
     worker.on('message', (message: { text?: string; error?: string }) => {
+      if (this.worker !== worker) return;
       if (message.text !== undefined) this.pending?.resolve(message.text);
       else this.pending?.reject(new LcError('ERR_LC_TEMPLATE', `chat template: ${message.error}`));
     });
     worker.on('error', (error) => {
+      if (this.worker !== worker) return;
       this.worker = undefined;
       this.pending?.reject(new LcError('ERR_LC_TEMPLATE', `chat template: ${error.message}`, { cause: error }));
     });

@@ -2,6 +2,7 @@
 import { LcError } from '@lc/tensor';
 import { type ChatMessage, ChatTemplate } from './chat-template.js';
 import { type FileType, listFiles, parseLine, readLines, readText, typeOfFile } from './files.js';
+import { fingerprint, shuffled } from './order.js';
 import {
   describeReport,
   type ExcessLengthStrategy,
@@ -48,7 +49,7 @@ export interface DatasetOptions {
   appendEos?: boolean;
   /** Which tokens are learnt: returns labels (the id, or -100) of a tokenized sample. Default: all. */
   mask?: (inputIds: Int32Array, sample: RawSample) => Int32Array;
-  /** Told of dropped, truncated or split samples; default prints to stderr. */
+  /** Told of dropped, truncated, split or too short samples; default prints to stderr. */
   onNotice?: (message: string) => void;
 }
 
@@ -56,25 +57,13 @@ export interface DatasetOptions {
 export interface DatasetState {
   epoch: number;
   index: number;
+  /** Of the data and the options that decide its order: a state is refused by another dataset. */
+  fingerprint: string;
 }
 
-/** Fisher-Yates over a 32-bit mixer: the same order on every machine. */
-function shuffled<T>(items: readonly T[], seed: number): T[] {
-  let state = seed >>> 0;
-  const next = (): number => {
-    state = (state + 0x9e3779b9) >>> 0;
-    let t = state ^ (state >>> 16);
-    t = Math.imul(t, 0x21f0aaad);
-    t ^= t >>> 15;
-    t = Math.imul(t, 0x735a2d97);
-    return ((t ^ (t >>> 15)) >>> 0) / 4294967296;
-  };
-  const out = items.slice();
-  for (let i = out.length - 1; i > 0; i--) {
-    const j = Math.floor(next() * (i + 1));
-    [out[i], out[j]] = [out[j] as T, out[i] as T];
-  }
-  return out;
+function checkMaxLength(maxLength: number): void {
+  if (Number.isInteger(maxLength) && maxLength >= 2) return;
+  throw new LcError('ERR_LC_DATA', `dataset: maxLength must be a whole number of at least 2 tokens, got ${maxLength}`);
 }
 
 /** Tokenized documents in memory, packed anew each epoch. The order depends on seed and epoch alone, so two numbers resume it. */
@@ -84,7 +73,8 @@ export class PackedDataset {
   /** Tokens of all documents. */
   readonly tokens: number;
   private readonly samples: TokenizedSample[];
-  private at: DatasetState = { epoch: 0, index: 0 };
+  private at = { epoch: 0, index: 0 };
+  private mark: string | undefined;
   private packed: { epoch: number; sequences: TokenizedSample[][] } | undefined;
 
   constructor(
@@ -97,13 +87,10 @@ export class PackedDataset {
       excessLengthStrategy: ExcessLengthStrategy;
     },
   ) {
-    if (!Number.isInteger(options.maxLength) || options.maxLength < 2) {
-      throw new LcError('ERR_LC_DATA', `dataset: maxLength must be a whole number of at least 2 tokens, got ${options.maxLength}`);
-    }
+    checkMaxLength(options.maxLength);
     const limited = limitLength(samples, options.maxLength, options.excessLengthStrategy);
     this.report = limited.report;
-    // A document of one token has nothing to predict.
-    this.samples = limited.samples.filter((s) => s.inputIds.length > 1);
+    this.samples = limited.samples;
     this.tokens = this.samples.reduce((sum, s) => sum + s.inputIds.length, 0);
     if (this.samples.length === 0) throw new LcError('ERR_LC_DATA', 'dataset: nothing to train on: no sample has two tokens or more');
   }
@@ -128,17 +115,22 @@ export class PackedDataset {
   }
 
   state(): DatasetState {
-    return { ...this.at };
+    return { ...this.at, fingerprint: this.fingerprint() };
   }
 
-  /** @throws ERR_LC_DATA when the state is not one of this dataset. */
+  /** @throws ERR_LC_DATA when the state is not one of this dataset: other files, another tokenizer, length or seed. */
   restore(state: unknown): void {
     const s = state as Partial<DatasetState> | null;
     const whole = (v: unknown): v is number => Number.isSafeInteger(v) && (v as number) >= 0;
-    if (!s || !whole(s.epoch) || !whole(s.index) || s.index >= this.length(s.epoch)) {
-      throw new LcError('ERR_LC_DATA', `dataset: cannot resume at ${JSON.stringify(state)}; the data is not what it was`);
+    const known = s && whole(s.epoch) && whole(s.index) && s.fingerprint === this.fingerprint() && s.index < this.length(s.epoch);
+    if (!known) {
+      throw new LcError(
+        'ERR_LC_DATA',
+        `dataset: cannot resume at ${JSON.stringify(state)}: the files, the tokenizer, maxLength, packing or the seed are not what they were ` +
+          `(this dataset is ${this.fingerprint()}); restore them, or start anew`,
+      );
     }
-    this.at = { epoch: s.epoch, index: s.index };
+    this.at = { epoch: s.epoch as number, index: s.index as number };
   }
 
   /** Splits off the last `count` sequences' documents of epoch 0 for evaluation. */
@@ -152,6 +144,12 @@ export class PackedDataset {
       train: new PackedDataset(sequences.slice(0, -count).flat(), options),
       test: new PackedDataset(sequences.slice(-count).flat(), { ...options, shuffle: false }),
     };
+  }
+
+  private fingerprint(): string {
+    const { maxLength, packing, shuffle, seed } = this.options;
+    this.mark ??= fingerprint(this.samples, [maxLength, packing, shuffle, seed]);
+    return this.mark;
   }
 
   private sequences(epoch: number): TokenizedSample[][] {
@@ -194,10 +192,12 @@ export async function loadDataset(options: DatasetOptions): Promise<PackedDatase
       `dataset: excessLengthStrategy must be one of ${excessLengthStrategies.join(', ')}, got ${String(excessLengthStrategy)}`,
     );
   }
+  checkMaxLength(maxLength);
   const files = options.paths.flatMap(listFiles);
   if (files.length === 0) throw new LcError('ERR_LC_DATA', 'dataset: no files given');
   const samples: TokenizedSample[] = [];
   const push = (ids: Int32Array, source: string, raw: RawSample): void => {
+    if (ids.length === 0) throw new LcError('ERR_LC_DATA', `${source}: no tokens; is the tokenizer or the chat template the model's own?`);
     const labels = mask ? mask(ids, raw) : ids.slice();
     if (labels.length !== ids.length)
       throw new LcError('ERR_LC_DATA', `${source}: the mask returned ${labels.length} labels for ${ids.length} tokens`);

@@ -26,7 +26,7 @@ export const excessLengthStrategies = ['raise', 'drop', 'truncate', 'split'] as 
 /** What to do with a document that is longer than a sequence. */
 export type ExcessLengthStrategy = (typeof excessLengthStrategies)[number];
 
-/** How many documents were over-long, and what became of them. */
+/** How many documents were too long or too short, and what became of them. */
 export interface LengthReport {
   samples: number;
   tokens: number;
@@ -37,6 +37,8 @@ export interface LengthReport {
   split: number;
   /** Pieces that the split ones became. */
   pieces: number;
+  /** Documents, or last pieces of split ones, of fewer than two tokens: left out, since they have nothing to predict. */
+  short: number;
 }
 
 const part = (s: TokenizedSample, start: number, end: number): TokenizedSample => ({
@@ -63,6 +65,7 @@ export function limitLength(
     truncatedTokens: 0,
     split: 0,
     pieces: 0,
+    short: 0,
   };
   const out: TokenizedSample[] = [];
   let longest: TokenizedSample | undefined;
@@ -98,16 +101,21 @@ export function limitLength(
         `raise the sequence length, or choose an excess length strategy: 'split' (trains on everything), 'truncate' or 'drop'`,
     );
   }
-  return { samples: out, report };
+  const kept = out.filter((s) => s.inputIds.length > 1);
+  report.short = out.length - kept.length;
+  return { samples: kept, report };
 }
 
-/** The report in words, or null when nothing was over-long. */
+/** The report in words, or null when every document is trained on whole. */
 export function describeReport(r: LengthReport): string | null {
-  if (r.dropped > 0) return `dropped ${r.dropped} of ${r.samples} samples that were too long (${r.droppedTokens} of ${r.tokens} tokens)`;
+  const parts: string[] = [];
+  if (r.dropped > 0)
+    parts.push(`dropped ${r.dropped} of ${r.samples} samples that were too long (${r.droppedTokens} of ${r.tokens} tokens)`);
   if (r.truncated > 0)
-    return `truncated ${r.truncated} of ${r.samples} samples (${r.truncatedTokens} of ${r.tokens} tokens are not trained on)`;
-  if (r.split > 0) return `split ${r.split} of ${r.samples} samples into ${r.pieces} pieces`;
-  return null;
+    parts.push(`truncated ${r.truncated} of ${r.samples} samples (${r.truncatedTokens} of ${r.tokens} tokens are not trained on)`);
+  if (r.split > 0) parts.push(`split ${r.split} of ${r.samples} samples into ${r.pieces} pieces`);
+  if (r.short > 0) parts.push(`left out ${r.short} of a single token: nothing to predict`);
+  return parts.length > 0 ? parts.join('; ') : null;
 }
 
 /** Lays documents end to end into one sequence. */

@@ -84,6 +84,7 @@ describe('text', () => {
     ['a zero-length file', () => file('zero.txt', ''), /empty/],
     ['bytes that are not UTF-8', () => file('latin.txt', Uint8Array.of(0x63, 0xe9, 0x20)), /UTF-8/],
     ['a missing file', () => join(dir, 'missing.txt'), /ENOENT/],
+    ['a byte order mark and nothing else', () => file('bom.txt', Uint8Array.of(0xef, 0xbb, 0xbf)), /empty/],
     ['a folder without text', () => dirname(file('bin/x.bin', 'x')), /no \.txt/],
   ])('%s is ERR_LC_DATA', async (_, make, message) => {
     const error = await failure(load([make()]));
@@ -154,6 +155,48 @@ describe('chat templates', () => {
     expect(await chat.render(messages)).toBe('2026-03-04 March');
   });
 
+  it.each([
+    ['%d %b %y, %-d/%-m', '04 Mar 26, 4/3'],
+    ['%A %e %I:%M %p, day %j, 100%%', 'Wednesday  4 03:07 PM, day 063, 100%'],
+  ])('know the date formats of Python: %s', async (format, text) => {
+    await using chat = new ChatTemplate(`{% if strftime_now is defined %}{{ strftime_now('${format}') }}{% endif %}`, {
+      date: new Date('2026-03-04T15:07:09Z'),
+    });
+    expect(await chat.render(messages)).toBe(text);
+  });
+
+  it('refuse a date format that they do not know, rather than print it', async () => {
+    await using chat = new ChatTemplate("{{ strftime_now('%Q') }}");
+    expect(await failure(chat.render(messages))).toMatchObject({ code: 'ERR_LC_TEMPLATE', message: expect.stringContaining('%Q') });
+  });
+
+  it('render the same with and without generation tags', async () => {
+    await using tagged = new ChatTemplate('{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}');
+    expect(await tagged.render(messages)).toBe('x');
+  });
+
+  it('see special tokens, tools and further variables', async () => {
+    await using chat = new ChatTemplate('{{ bos_token }}{{ tools[0].name }}|{{ effort }}|{{ add_generation_prompt }}', { bosToken: '<s>' });
+    expect(await chat.render(messages, { tools: [{ name: 't' }], kwargs: { effort: 'low' }, addGenerationPrompt: true })).toBe(
+      '<s>t|low|true',
+    );
+  });
+
+  it('that loop in a file name its line', async () => {
+    const path = file('loop.jsonl', '{"text":"fine"}\n{"messages":[{"role":"user","content":"x"}]}\n');
+    const chatTemplate = '{%- for a in range(1000000) -%}{%- for b in range(1000000) -%}{%- endfor -%}{%- endfor -%}';
+    const error = await failure(load([path], { chatTemplate, templateTimeout: 300 }));
+    expect([error.code, error.message]).toEqual(['ERR_LC_TEMPLATE', expect.stringMatching(/loop\.jsonl:2: .*300 ms/)]);
+  });
+
+  it('that give nothing are refused', async () => {
+    const path = file('nothing.jsonl', '{"messages":[{"role":"user","content":"x"}]}\n');
+    expect(await failure(load([path], { chatTemplate: '{# nothing #}' }))).toMatchObject({
+      code: 'ERR_LC_DATA',
+      message: expect.stringMatching(/nothing\.jsonl:1: no tokens/),
+    });
+  });
+
   it('cannot reach the process', async () => {
     await using chat = new ChatTemplate("{{ messages.constructor }}{{ ''.constructor.constructor }}");
     const text = await chat.render(messages).catch(() => '');
@@ -178,6 +221,20 @@ describe('over-long documents', () => {
     if (excessLengthStrategy === 'truncate') expect(report.truncated).toBe(1);
     if (excessLengthStrategy === 'split') expect(data.tokens).toBe(report.tokens);
     for (const s of data.epoch()) expect(s.inputIds.length).toBeLessThanOrEqual(64);
+  });
+
+  it('counts what is left out for being too short', async () => {
+    const notices: string[] = [];
+    const data = await load([file('one.jsonl', '{"text":"a"}\n{"text":"We hold these truths."}\n')], {
+      appendEos: false,
+      onNotice: (n) => notices.push(n),
+    });
+    expect(data.report.short).toBe(1);
+    expect(notices).toEqual([expect.stringMatching(/left out 1 of a single token/)]);
+  });
+
+  it.each([0, 1, 2.5, Number.NaN])('a maxLength of %s is refused', async (maxLength) => {
+    expect((await failure(load([file('a.txt', 'some text')], { maxLength }))).code).toBe('ERR_LC_DATA');
   });
 
   it('an unknown strategy is refused', async () => {
@@ -237,7 +294,13 @@ describe('packing', () => {
     const second = make();
     second.restore(JSON.parse(JSON.stringify(first.state())));
     expect(take(second, 29)).toEqual(whole.slice(31));
-    expect(() => make().restore({ epoch: 0, index: 99 })).toThrow(expect.objectContaining({ code: 'ERR_LC_DATA' }));
+    const state = first.state();
+    expect(() => make(8).restore(state)).toThrow(
+      expect.objectContaining({ code: 'ERR_LC_DATA', message: expect.stringMatching(/not what they were/) }),
+    );
+    const other = new PackedDataset([...samples.slice(0, -1), sample(10, 999)], options);
+    expect(() => other.restore(state)).toThrow(expect.objectContaining({ code: 'ERR_LC_DATA' }));
+    expect(() => make().restore({ ...state, index: 99 })).toThrow(expect.objectContaining({ code: 'ERR_LC_DATA' }));
     expect(() => make().restore(null)).toThrow(expect.objectContaining({ code: 'ERR_LC_DATA' }));
   });
 
