@@ -2,6 +2,7 @@
 import { benchGemm } from './bench-gemm.gpu.js';
 import { runTests } from './harness.js';
 import './tensor.gpu.js';
+import './ops.gpu.js';
 
 async function main([command, what = '']: string[]): Promise<number> {
   if (command === 'test') return (await runTests(what)) ? 0 : 1;

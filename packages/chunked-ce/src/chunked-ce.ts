@@ -1,4 +1,4 @@
-import { copy, empty, fill, fromTypedArray, gemm, LcTypeError, sumRows, type Tensor, type Workspace } from '@lc/tensor';
+import { copy, empty, fill, gemm, LcTypeError, sumRows, type Tensor, upload, type Workspace } from '@lc/tensor';
 import { native } from './native.js';
 import { type ChunkSize, type CrossEntropyOptions, checkOptions, chunkRows } from './plan.js';
 
@@ -39,17 +39,6 @@ export interface ChunkedCrossEntropyResult {
   readonly gemmRows: number;
   /** Rows of logits that were alive at once. */
   readonly chunkRows: number;
-}
-
-/** Host values to a tensor, wherever it lies. */
-function upload(to: Tensor, values: Int32Array | Float32Array): void {
-  if (!to.device.startsWith('cuda')) {
-    to.data<typeof values>().set(values);
-    return;
-  }
-  // Pageable memory: the driver has taken the values when the call returns.
-  using source = fromTypedArray(values, [values.length]);
-  copy(to, source);
 }
 
 /** The loss in a `lossSum`, waiting for the device. */

@@ -47,7 +47,7 @@ export function attachLora(model: CausalLM, config: LoraConfig): readonly Parame
   const linears = selectLinears(model, config.targetModules);
   const experts = selectExperts(model, config.targetParameters ?? []);
   const { r, loraAlpha = r, loraDropout = 0, useRslora = false, seed = 3407 } = config;
-  const options = { r, loraAlpha, useRslora, seed };
+  const options = { r, loraAlpha, useRslora, seed, device: model.device };
   const made: (() => void)[] = [];
   for (const module of linears) {
     const lora = model.own(new LoraLinear({ ...options, base: module.linear, loraDropout, name: PREFIX + module.name }));

@@ -1,6 +1,6 @@
-import { type ChunkSize, chunkedCrossEntropy, shiftLabels } from '@lc/chunked-ce';
+import { type ChunkSize, chunkedCrossEntropy, readLossSum, shiftLabels } from '@lc/chunked-ce';
 import { LayerSchedule, type LayerScheduleOptions, type RunOptions } from '@lc/offload-ckpt';
-import { empty, LcError, LcTypeError, Scope, type Span, type Tensor, type Workspace } from '@lc/tensor';
+import { empty, fill, LcError, LcTypeError, Scope, type Span, type Tensor, upload, type Workspace } from '@lc/tensor';
 import type { CausalLM } from './causal-lm.js';
 
 /** One packed sequence: documents one after the other. */
@@ -69,6 +69,8 @@ export class TrainingSession implements Disposable {
   private readonly ids: Tensor;
   private readonly labels: Tensor;
   private readonly docs: Tensor;
+  /** On a GPU: the running loss, read once at the end. */
+  private readonly lossSum: Tensor | null;
   private readonly scope = new Scope();
 
   /** @throws ERR_LC_ARGUMENT, ERR_LC_PLAN, ERR_LC_OUT_OF_MEMORY */
@@ -88,10 +90,13 @@ export class TrainingSession implements Disposable {
           ...(verifyRecompute ? { verifyRecompute } : {}),
         }),
       );
+      const onGpu = ws.device.startsWith('cuda');
       const perToken = (): Tensor => this.scope.own(empty([tokens], { dtype: 'i32', device: ws.device, label: 'sequence' }));
       this.ids = perToken();
-      this.labels = perToken();
       this.docs = perToken();
+      // The host chooses the rows that are scored, so on a GPU the labels stay with it.
+      this.labels = this.scope.own(empty([tokens], { dtype: 'i32', device: onGpu ? 'host' : ws.device, label: 'sequence' }));
+      this.lossSum = onGpu ? this.scope.own(empty([2], { device: ws.device, label: 'sequence' })) : null;
     } catch (error) {
       this.scope.dispose();
       throw error;
@@ -115,7 +120,7 @@ export class TrainingSession implements Disposable {
       });
     }, run);
     await schedule.backwardAsync(undefined, run);
-    return { loss, supervised };
+    return { loss: this.lossSum ? readLossSum(this.lossSum) / numTokens : loss, supervised };
   }
 
   /** The loss alone: no gradients, no dropout, no checkpoints. @throws ERR_LC_ARGUMENT, ERR_LC_NOTHING_SUPERVISED, ERR_LC_ABORTED */
@@ -137,7 +142,7 @@ export class TrainingSession implements Disposable {
       },
       run,
     );
-    return { loss, supervised };
+    return { loss: this.lossSum ? readLossSum(this.lossSum) / numTokens : loss, supervised };
   }
 
   dispose(): void {
@@ -149,7 +154,16 @@ export class TrainingSession implements Disposable {
 
   private crossEntropy(hidden: Tensor, dHidden: Tensor | null, at: Span, numTokens: number): number {
     const labels = this.labels.rows(at.start, at.length);
-    return chunkedCrossEntropy({ hidden, weight: this.model.lmHead, labels, numTokens, chunk: this.lossChunk, dHidden, ws: this.ws }).loss;
+    return chunkedCrossEntropy({
+      hidden,
+      weight: this.model.lmHead,
+      labels,
+      numTokens,
+      chunk: this.lossChunk,
+      dHidden,
+      lossSum: this.lossSum,
+      ws: this.ws,
+    }).loss;
   }
 
   private begin(
@@ -178,11 +192,12 @@ export class TrainingSession implements Disposable {
         `TrainingSession.${op}: all ${tokens} labels are ignored (-100), so there is nothing to learn; check the mask and the chat template`,
       );
     }
+    if (this.lossSum) fill(this.lossSum, 0);
     const part = (t: Tensor): Tensor => (tokens === this.tokens ? t : t.rows(0, tokens));
-    part(this.ids).data<Int32Array>().set(inputIds);
+    upload(part(this.ids), inputIds);
     part(this.labels).data<Int32Array>().set(shifted);
     const docs = part(this.docs);
-    if (docStart) docs.data<Int32Array>().set(docStart);
+    if (docStart) upload(docs, docStart);
     return { docStart: docStart ? docs : null, tokens, numTokens, supervised };
   }
 }

@@ -1,5 +1,6 @@
 import { DenseWeight, Mxfp4Weight, Nf4Weight, QuantizedExpertLinear, QuantizedLinear, type WeightStorage } from '@lc/qlora';
 import {
+  copy,
   type Device,
   type DType,
   type ExpertLinear,
@@ -119,15 +120,23 @@ export class WeightLoader {
   /** A weight [..., out, in] as the options want it stored. `write` fills a tensor with it. */
   private async storage(shape: readonly number[], write: (out: Tensor) => Promise<void>): Promise<WeightStorage> {
     const { loadIn4bit, dtype, device } = this.options;
+    const onGpu = device.startsWith('cuda');
     if (!loadIn4bit) {
       const weight = this.scope.own(new DenseWeight(empty(shape, { dtype, device, label: 'weights' })));
-      await write(weight.data);
+      if (!onGpu) {
+        await write(weight.data);
+        return weight;
+      }
+      using staging = empty(shape, { dtype, label: 'load' }); // `write` rearranges on the CPU
+      await write(staging);
+      copy(weight.data, staging);
       return weight;
     }
     using full = empty(shape, { label: 'load' });
     await write(full);
     if (this.bad.length > 0) fill(full, 0); // `finish` will throw, and name the tensors, which the quantizer cannot
-    return this.scope.own(Nf4Weight.quantize(full));
+    const quantized = Nf4Weight.quantize(full);
+    return this.scope.own(onGpu ? quantized.to(device) : quantized);
   }
 
   private async fill(name: string, out: Tensor, firstRow?: number): Promise<void> {

@@ -4,6 +4,18 @@
 #include "optim.h"
 #include "quant.h"
 #include "search.h"
+#ifdef LCTX_WITH_CUDA
+#include "cuda_addon.h"
+#define LC_ON_CUDA(tensor, call, result)                            \
+  if ((tensor).device.device_type == kDLCUDA) {                     \
+    lc_qlora::cuda::call;                                           \
+    return result;                                                  \
+  }
+#else
+#define LC_ON_CUDA(tensor, call, result)                            \
+  if ((tensor).device.device_type == kDLCUDA)                       \
+    args.fail("ERR_LC_NO_PREBUILD", "this build of @lc/qlora has no CUDA code; rebuild with LCTX_CUDA=1 and nvcc, or use CPU tensors");
+#endif
 
 using lctx::Args;
 using lctx::View;
@@ -59,6 +71,7 @@ Napi::Value double_quantize(const Napi::CallbackInfo& info) {
 
 Napi::Value nf4_dequantize(const Napi::CallbackInfo& info) {
   Args args(info, "nf4Dequantize");
+  LC_ON_CUDA(args.tensor("out"), nf4_dequantize_op(args), info.Env().Undefined())
   const View codes = packed(args, "codes", LCTX_U8), out = packed_float(args, "out", false);
   const int64_t n = out.numel(), block = block_size(args), blocks = divide_up(n, block);
   args.need(codes, "codes", divide_up(n, 2));
@@ -93,6 +106,7 @@ Napi::Value mxfp4_quantize(const Napi::CallbackInfo& info) {
 }
 Napi::Value mxfp4_dequantize(const Napi::CallbackInfo& info) {
   Args args(info, "mxfp4Dequantize");
+  LC_ON_CUDA(args.tensor("out"), mxfp4_dequantize_op(args), info.Env().Undefined())
   lc_qlora::mxfp4_dequantize(mxfp4(args, packed_float(args, "out", false)));
   return info.Env().Undefined();
 }
@@ -110,6 +124,7 @@ Napi::Value dynamic_map(const Napi::CallbackInfo& info) {
 
 Napi::Value dropout(const Napi::CallbackInfo& info) {
   Args args(info, "dropout");
+  LC_ON_CUDA(args.tensor("out"), dropout_op(args), info.Env().Undefined())
   const View x = args.cpu("x", LCTX_F32), out = args.cpu("out", LCTX_F32);
   const double p = args.number("p");
   if (!(p >= 0 && p < 1)) args.fail("ERR_LC_ARGUMENT", "p must be in [0, 1)");
@@ -132,6 +147,7 @@ Napi::Value uniform(const Napi::CallbackInfo& info) {
 template <void (*op)(const lc_qlora::ExpertB&)>
 Napi::Value expert_b(const Napi::CallbackInfo& info) {
   Args args(info, "expertB");
+  LC_ON_CUDA(args.tensor("grouped"), expert_b_op(args, op == lc_qlora::gather_expert_b), info.Env().Undefined())
   const View b = packed(args, "b", LCTX_F32), grouped = packed(args, "grouped", LCTX_F32);
   if (grouped.ndim != 3 || b.numel() != grouped.numel()) args.fail("ERR_LC_SHAPE", "b " + b.describe() + " and grouped " + grouped.describe());
   op({b.as<float>(), grouped.as<float>(), grouped.shape[0], grouped.shape[1], grouped.shape[2]});
@@ -156,6 +172,9 @@ class Lists {
     Napi::Value list = args_.value(key);
     return list.IsArray() ? list.As<Napi::Array>().Length() : 0;
   }
+  bool on_cuda(const char* key) const {
+    return length(key) > 0 && lctx::tensor(args_.env(), args_.value(key).As<Napi::Array>().Get(0u), key).device.device_type == kDLCUDA;
+  }
   int64_t numel(const char* key, uint32_t i) const { return lctx::tensor(args_.env(), args_.value(key).As<Napi::Array>().Get(i), key).numel(); }
 
  private:
@@ -166,6 +185,9 @@ class Lists {
 Napi::Value grad_norm(const Napi::CallbackInfo& info) {
   Args args(info, "gradNorm");
   const Lists lists(args, "gradNorm");
+#ifdef LCTX_WITH_CUDA
+  if (lists.on_cuda("grads")) return Napi::Number::New(info.Env(), lc_qlora::cuda::grad_norm_op(args));
+#endif
   std::vector<lc_qlora::AdamSegment> segments(lists.length("grads"));
   for (uint32_t i = 0; i < segments.size(); i++) {
     segments[i].n = lists.numel("grads", i);
@@ -178,6 +200,12 @@ Napi::Value grad_norm(const Napi::CallbackInfo& info) {
 Napi::Value adamw(const Napi::CallbackInfo& info) {
   Args args(info, "adamw");
   const Lists lists(args, "adamw");
+#ifdef LCTX_WITH_CUDA
+  if (lists.on_cuda("values")) {
+    lc_qlora::cuda::adamw_op(args);
+    return info.Env().Undefined();
+  }
+#endif
   const bool eight = args.integer("bits") == 8;
   lc_qlora::AdamStep p;
   p.segments.resize(lists.length("values"));

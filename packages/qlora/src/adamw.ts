@@ -1,4 +1,4 @@
-import { fill, LcError, LcTypeError, type Parameter, Scope, type Tensor, zeros } from '@lc/tensor';
+import { fill, LcError, LcTypeError, type Parameter, Scope, type Tensor, upload, zeros } from '@lc/tensor';
 import { native } from './native.js';
 
 export interface AdamWOptions {
@@ -93,7 +93,8 @@ export class AdamW implements Disposable {
 
   private slot(parameter: Parameter, bits: 8 | 32): Slot {
     const { shape, numel } = parameter.value;
-    const make = (size: readonly number[], dtype: 'f32' | 'u8'): Tensor => this.scope.own(zeros(size, { dtype, label: 'optimizer' }));
+    const make = (size: readonly number[], dtype: 'f32' | 'u8'): Tensor =>
+      this.scope.own(zeros(size, { dtype, label: 'optimizer', device: parameter.value.device }));
     const blocks = [Math.ceil(numel / 256)];
     const dtype = bits === 8 ? 'u8' : 'f32';
     return {
@@ -184,7 +185,11 @@ export class AdamW implements Disposable {
         `AdamW.restore: the state does not fit these ${this.slots.length} parameters: ${problems.join('; ')}; use the same r, target modules and optimizer bits`,
       );
     }
-    for (const [name, t] of Object.entries(own)) t.data().set(given.get(name) as ArrayLike<number>);
+    for (const [name, t] of Object.entries(own))
+      upload(
+        t,
+        t.dtype === 'u8' ? Uint8Array.from(given.get(name) as ArrayLike<number>) : Float32Array.from(given.get(name) as ArrayLike<number>),
+      );
     this.steps = saved.step;
   }
 

@@ -1,6 +1,6 @@
 import { existsSync, mkdirSync, readFileSync, statSync } from 'node:fs';
 import { join } from 'node:path';
-import { fromTypedArray, LcError, type Parameter } from '@lc/tensor';
+import { fromTypedArray, LcError, type Parameter, upload } from '@lc/tensor';
 import { atomicWriteFile, openSafetensors, writeSafetensors } from '@lc/tensor/safetensors';
 import { type PeftConfig, parsePeftConfig, peftConfigJson } from './peft-config.js';
 
@@ -99,7 +99,7 @@ export function applyAdapter(parameters: readonly Parameter[], adapter: Adapter)
       `applyAdapter: the adapter does not fit the model: ${problems.join('; ')}; use the model it was trained on, with its r and target modules`,
     );
   }
-  for (const { name, value } of parameters) value.data().set((adapter.tensors.get(name) as { data: Float32Array }).data);
+  for (const { name, value } of parameters) upload(value, (adapter.tensors.get(name) as { data: Float32Array }).data);
 }
 
 function modelCard(config: PeftConfig): string {

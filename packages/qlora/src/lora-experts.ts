@@ -1,4 +1,5 @@
 import {
+  copy,
   type ExpertLinear,
   empty,
   gemm,
@@ -61,7 +62,7 @@ export class LoraExpertLinear implements ExpertLinear, Disposable {
   /** Base and update together, f32 [experts, out, in]. */
   materialize(out: Tensor): void {
     const plain = this.base.plain;
-    if (plain) out.data().set(plain.data());
+    if (plain) copy(out, plain);
     else this.base.materialize(out);
     this.addDelta(out);
   }
@@ -78,7 +79,7 @@ export class LoraExpertLinear implements ExpertLinear, Disposable {
   forward(x: Tensor, out: Tensor, offsets: Tensor, ws: Workspace): void {
     this.base.forward(x, out, offsets, ws);
     ws.scoped(() => {
-      const h = ws.alloc([x.shape[0] as number, this.r]);
+      const h = ws.alloc([x.shape[0] as number, this.r], 'f32');
       groupedGemm({ a: x, b: this.groupedA(), c: h, offsets, transB: true });
       groupedGemm({ a: h, b: this.opened ?? this.regrouped(ws), c: out, offsets, transB: true, alpha: this.scale, beta: 1 });
     });
@@ -90,9 +91,9 @@ export class LoraExpertLinear implements ExpertLinear, Disposable {
       const rows = x.shape[0] as number;
       const a = this.groupedA();
       const b = this.opened ?? this.regrouped(ws);
-      const h = ws.alloc([rows, this.r]);
-      const dh = ws.alloc([rows, this.r]);
-      const db = ws.alloc([this.numExperts, this.outFeatures, this.r]);
+      const h = ws.alloc([rows, this.r], 'f32');
+      const dh = ws.alloc([rows, this.r], 'f32');
+      const db = ws.alloc([this.numExperts, this.outFeatures, this.r], 'f32');
       groupedGemm({ a: x, b: a, c: h, offsets, transB: true });
       groupedGemmWeightGrad({ a: dout, b: h, c: db, offsets, alpha: this.scale });
       native().scatterExpertB({ b: this.b.grad, grouped: db });
@@ -129,7 +130,7 @@ export class LoraExpertLinear implements ExpertLinear, Disposable {
     return this.a.value.view([this.numExperts, this.r, this.inFeatures]);
   }
   private regrouped(ws: Workspace): Tensor {
-    const grouped = ws.alloc([this.numExperts, this.outFeatures, this.r]);
+    const grouped = ws.alloc([this.numExperts, this.outFeatures, this.r], 'f32');
     native().gatherExpertB({ b: this.b.value, grouped });
     return grouped;
   }

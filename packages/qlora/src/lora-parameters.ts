@@ -1,4 +1,4 @@
-import { empty, LcTypeError, type Parameter, type Scope, zeros } from '@lc/tensor';
+import { copy, type DeviceLike, empty, LcTypeError, type Parameter, type Scope, zeros } from '@lc/tensor';
 import { native } from './native.js';
 
 /** What LoRA and PEFT call them. */
@@ -13,6 +13,8 @@ export interface LoraOptions {
   loraDropout?: number;
   /** Of the initial lora_A. Default 0. */
   seed?: number;
+  /** Where the parameters live. Default 'cpu'. */
+  device?: DeviceLike;
   /**
    * The module as PEFT names it, e.g. `base_model.model.model.layers.0.self_attn.q_proj`: the parameters are called `<name>.lora_A.weight` and
    * `<name>.lora_B.weight`. It also selects the random numbers, so give every module its own.
@@ -59,14 +61,18 @@ export function makeLoraParameters(
   inFeatures: number,
   outFeatures: number,
 ): { a: Parameter; b: Parameter } {
+  const device = options.device ?? 'cpu';
   const parameter = (suffix: string, shape: [number, number], make: typeof empty): Parameter => ({
     name: `${options.name}.${suffix}.weight`,
-    value: scope.own(make(shape, { label: 'lora' })),
-    grad: scope.own(zeros(shape, { label: 'lora.grad' })),
+    value: scope.own(make(shape, { label: 'lora', device })),
+    grad: scope.own(zeros(shape, { label: 'lora.grad', device })),
   });
   const a = parameter('lora_A', [rows, inFeatures], empty);
   const b = parameter('lora_B', [outFeatures, rows], zeros);
   const bound = 1 / Math.sqrt(inFeatures);
-  native().uniform({ out: a.value, seed: options.seed ?? 0, site: siteOf(a.name), low: -bound, high: bound });
+  // Drawn on the CPU: the same adapter on every device.
+  using drawn = empty([rows, inFeatures], { label: 'lora' });
+  native().uniform({ out: drawn, seed: options.seed ?? 0, site: siteOf(a.name), low: -bound, high: bound });
+  copy(a.value, drawn);
   return { a, b };
 }

@@ -49,7 +49,7 @@ export class LoraLinear implements Linear, Disposable {
   forward(x: Tensor, out: Tensor, at: Span, ws: Workspace): void {
     this.base.forward(x, out, at, ws);
     ws.scoped(() => {
-      const h = ws.alloc([x.shape[0] as number, this.r]);
+      const h = ws.alloc([x.shape[0] as number, this.r], 'f32');
       gemm({ a: this.dropped(x, at, ws), b: this.a.value, c: h, transB: true });
       gemm({ a: h, b: this.b.value, c: out, transB: true, alpha: this.scale, beta: 1 });
     });
@@ -60,8 +60,8 @@ export class LoraLinear implements Linear, Disposable {
     ws.scoped(() => {
       const rows = x.shape[0] as number;
       const xd = this.dropped(x, at, ws);
-      const h = ws.alloc([rows, this.r]);
-      const dh = ws.alloc([rows, this.r]);
+      const h = ws.alloc([rows, this.r], 'f32');
+      const dh = ws.alloc([rows, this.r], 'f32');
       gemm({ a: xd, b: this.a.value, c: h, transB: true });
       gemm({ a: dout, b: h, c: this.b.grad, transA: true, alpha: this.scale, beta: 1 });
       gemm({ a: dout, b: this.b.value, c: dh, alpha: this.scale });

@@ -1,4 +1,4 @@
-import { empty, LcError, LcTypeError, Scope, type Tensor } from '@lc/tensor';
+import { copy, type DeviceLike, empty, emptyLike, LcError, LcTypeError, Scope, type Tensor } from '@lc/tensor';
 import { native } from './native.js';
 import { checkOut, type WeightStorage } from './weights.js';
 
@@ -97,6 +97,28 @@ export class Nf4Weight implements WeightStorage {
     const scope = new Scope();
     for (const t of [codes, absmax, absmaxCodes, absmaxScales, absmaxOffset]) if (t) scope.own(t);
     return new Nf4Weight(shape.slice(), blockSize, { ...parts }, scope);
+  }
+
+  /** The same weight on another device; this one is disposed. */
+  to(device: DeviceLike): Nf4Weight {
+    const scope = new Scope();
+    const move = (t: Tensor | null): Tensor | null => {
+      if (!t) return null;
+      const out = scope.own(emptyLike(t, { device }));
+      copy(out, t);
+      return out;
+    };
+    const { codes, ...rest } = this.parts;
+    const parts: Nf4Parts = {
+      codes: move(codes) as Tensor,
+      absmax: move(rest.absmax),
+      absmaxCodes: move(rest.absmaxCodes),
+      absmaxScales: move(rest.absmaxScales),
+      absmaxOffset: move(rest.absmaxOffset),
+    };
+    const moved = new Nf4Weight(this.shape, this.blockSize, parts, scope);
+    this.dispose(); // pageable memory: the driver has read it
+    return moved;
   }
 
   plain(): null {

@@ -86,7 +86,27 @@ int copy(const cpu::CopyParams& p, DLDevice src, DLDevice dst, void* stream) {
                                       static_cast<size_t>(width) * item, static_cast<size_t>(p.shape[0]), cudaMemcpyDefault, static_cast<cudaStream_t>(stream)),
                     "cudaMemcpy2DAsync");
   }
-  return set_error("ERR_LC_STRIDES", "copy: between CPU and cuda both sides must have one dtype and packed rows; cast or copy on the device first");
+  // A cast: the host's side passes through device memory of its own dtype.
+  const auto host_packed = [&](const cpu::StridedArg& side) {
+    int64_t width = 1;
+    for (int i = p.ndim - 1; i >= 0; i--) {
+      if (p.shape[i] != 1 && side.strides[i] != width) return false;
+      width *= p.shape[i];
+    }
+    return true;
+  };
+  const cpu::StridedArg& host = to_device ? p.src : p.dst;
+  if (!host_packed(host)) return set_error("ERR_LC_STRIDES", "copy: between CPU and cuda with a cast, the CPU side must be contiguous; copy it first");
+  const size_t bytes = static_cast<size_t>(n) * sizes[host.dtype];
+  void* staging = nullptr;
+  if (alloc(device, bytes, stream, false, &staging)) return -1;
+  cpu::CopyParams cast = p;
+  (to_device ? cast.src : cast.dst).data = staging;
+  int rc = 0;
+  if (to_device) rc = copy_async(staging, p.src.data, bytes, stream) || status(launch_copy(cast, stream), "copy");
+  else rc = status(launch_copy(cast, stream), "copy") || copy_async(p.dst.data, staging, bytes, stream);
+  cuda::free(device, staging, stream);
+  return rc ? -1 : 0;
 }
 
 int fill(const cpu::CopyParams& p, double value, DLDevice device, void* stream) {
