@@ -40,7 +40,7 @@ execFileSync('xz', ['-f', '-T0', '-6', join(out, 'node')]);
 writeFileSync(
   join(out, 'run'),
   `#!/bin/sh
-# ./run test [filter] | ./run bench gemm
+# ./run test | parity DIR | bench gemm | train MODEL_DIR TEXT_DIR
 set -e
 here=$(cd "$(dirname "$0")" && pwd)
 node=$here/node

@@ -1,17 +1,32 @@
-/** The bundle's program: `test [filter]` or `bench gemm`. */
+/** The bundle's program. */
 import { benchGemm } from './bench-gemm.gpu.js';
 import { runTests } from './harness.js';
+import { gpuParity } from './parity.gpu.js';
+import { gpuTrain } from './train.gpu.js';
 import './tensor.gpu.js';
 import './ops.gpu.js';
 
-async function main([command, what = '']: string[]): Promise<number> {
+const usage = 'usage: ./run test [filter] | ./run parity DIR | ./run bench gemm | ./run train MODEL_DIR TEXT_DIR [steps]';
+
+async function main([command, what = '', ...rest]: string[]): Promise<number> {
   if (command === 'test') return (await runTests(what)) ? 0 : 1;
+  if (command === 'parity' && what) return (await gpuParity(what)) ? 0 : 1;
+  if (command === 'train' && what && rest[0]) {
+    await gpuTrain(what, rest[0], Number(rest[1] ?? 60));
+    return 0;
+  }
   if (command === 'bench' && what === 'gemm') {
     await benchGemm();
     return 0;
   }
-  console.error('usage: ./run test [filter] | ./run bench gemm');
+  console.error(usage);
   return 2;
 }
 
-main(process.argv.slice(2)).then((code) => process.exit(code));
+main(process.argv.slice(2)).then(
+  (code) => process.exit(code),
+  (error: unknown) => {
+    console.error(error);
+    process.exit(1);
+  },
+);

@@ -307,8 +307,8 @@ for (const kind of ['gpt-oss', 'qwen3-moe'] as const) {
         const [x, dout] = [tensor(scope, where, [n, hidden], 7), tensor(scope, where, [n, hidden], 8)];
         const [out, dx] = [ws.alloc([n, hidden]), ws.alloc([n, hidden])];
         const run = async (): Promise<{ out: Float32Array; dx: Float32Array }> => {
-          moe.forward(x, out, at, ws);
-          moe.backward(x, dout, dx, at, ws);
+          moe.forward(x, out, { ...at, length: n }, ws);
+          moe.backward(x, dout, dx, { ...at, length: n }, ws);
           return { out: await values(out), dx: await values(dx) };
         };
         const first = await run();

@@ -533,3 +533,229 @@ test('two separately built addons share memory, streams and events', async () =>
     'wrong values: work was not ordered, or memory not shared',
   );
 });
+
+test('streams and events: disposed ones are refused; one that is waited for is freed afterwards', async () => {
+  const refused = (fn: () => void): void => {
+    let code = '';
+    try {
+      fn();
+    } catch (error) {
+      code = (error as { code: string }).code;
+    }
+    assert(code === 'ERR_LC_DISPOSED', `gave ${code || 'no error'}`);
+  };
+  const stream = new Stream('cuda');
+  const event = new Event('cuda');
+  using x = zeros([1 << 26], { device: 'cuda' });
+  await defaultStream('cuda').sync();
+  scale({ x, factor: 2, stream });
+  event.record(stream);
+  const waits = [stream.sync(), event.sync()];
+  stream.dispose();
+  event.dispose();
+  refused(() => scale({ x, factor: 2, stream }));
+  refused(() => event.query());
+  refused(() => event.record(defaultStream('cuda')));
+  await Promise.all(waits);
+  const free = memInfo('cuda').freeBytes;
+  for (let i = 0; i < 50; i++) {
+    using s = new Stream('cuda');
+    using a = make([64, 64], 'bf16', 1).gpu;
+    using c = empty([64, 64], { dtype: 'bf16', device: 'cuda' });
+    await defaultStream('cuda').sync();
+    gemm({ a, b: a, c, stream: s });
+    s.synchronize();
+  }
+  assert(memInfo('cuda').freeBytes > free - (64 << 20), 'streams that are gone keep memory');
+});
+
+test('gemm: large tiles, all transposes, edges', async () => {
+  const [m, n, k] = [2312, 1416, 200];
+  for (const ta of [false, true]) {
+    for (const tb of [false, true]) {
+      for (const cType of ['bf16', 'f32'] as const) {
+        const a = make(ta ? [k, m] : [m, k], 'bf16', 1);
+        const b = make(tb ? [n, k] : [k, n], 'bf16', 2);
+        using c = make([m, n], cType, 3).gpu;
+        using before = empty([m, n], { dtype: cType, device: 'cuda' });
+        copy(before, c);
+        gemm({ a: a.gpu, b: b.gpu, c, transA: ta, transB: tb, alpha: 0.5, beta: 0.25, backend: 1 });
+        for (const row of [0, 63, 64, 255, 256, 1111, 2303, 2304, 2311]) {
+          const one = Float32Array.from({ length: k }, (_, i) => a.values[ta ? i * m + row : row * k + i] as number);
+          const { sum, magnitude } = gemmReference(one, b.values, 1, n, k, false, tb);
+          const old = await fetch(before.rows(row, 1));
+          close(
+            `${cType} ${ta} ${tb} row ${row}`,
+            await fetch(c.rows(row, 1)),
+            sum.map((s, i) => 0.5 * s + 0.25 * (old[i] as number)),
+            cType,
+            (i) => (magnitude[i] as number) + Math.abs(old[i] as number),
+            k,
+          );
+        }
+      }
+    }
+  }
+});
+
+test('grouped gemm: large tiles; offsets that lie do not lead outside', async () => {
+  const offsets = [0, 700, 700, 1957, 4000, 4096, 5000, 5500, 6400];
+  const experts = offsets.length - 1;
+  const [rows, k, n] = [6400, 136, 1032];
+  const a = make([rows, k], 'bf16', 1);
+  using at = empty([experts + 1], { dtype: 'i32', device: 'cuda' });
+  const b = make([experts, n, k], 'bf16', 2);
+  using c = empty([rows, n], { dtype: 'bf16', device: 'cuda' });
+  copy(at, fromTypedArray(Int32Array.from(offsets), [experts + 1]));
+  fill(c, Number.NaN);
+  groupedGemm({ a: a.gpu, b: b.gpu, c, offsets: at, transB: true });
+  for (const row of [0, 255, 256, 699, 700, 1956, 1957, 3999, 4000, 4095, 4096, 5499, 6399]) {
+    const e = offsets.findLastIndex((o, i) => i < experts && o <= row && (offsets[i + 1] as number) > row);
+    const { sum, magnitude } = gemmReference(
+      a.values.subarray(row * k, (row + 1) * k),
+      b.values.subarray(e * n * k, (e + 1) * n * k),
+      1,
+      n,
+      k,
+      false,
+      true,
+    );
+    close(`row ${row}`, await fetch(c.rows(row, 1)), sum, 'bf16', (i) => magnitude[i] as number, k);
+  }
+  assert(
+    (await fetch(c)).every((v) => !Number.isNaN(v)),
+    'rows were left out',
+  );
+  copy(at, fromTypedArray(Int32Array.from([-5, 2 ** 31 - 1, 3, -(2 ** 31), 9e6, 100, 7000, 6400, 6401]), [experts + 1]));
+  groupedGemm({ a: a.gpu, b: b.gpu, c, offsets: at, transB: true });
+  using dw = empty([experts, k, n], { device: 'cuda' });
+  groupedGemmWeightGrad({ a: a.gpu, b: c, c: dw, offsets: at });
+  await defaultStream('cuda').sync();
+});
+
+test('rows beyond 2^31 elements', async () => {
+  const [rows, width, n] = [760_000, 2880, 64]; // 2^31 / 2,880 = 745,654 rows
+  using x = empty([rows, width], { dtype: 'bf16', device: 'cuda' });
+  const block = make([1 << 12, width], 'bf16', 1);
+  for (let r = 0; r < rows; r += 1 << 12) copy(x.rows(r, Math.min(1 << 12, rows - r)), block.gpu.rows(0, Math.min(1 << 12, rows - r)));
+  const w = make([n, width], 'bf16', 2);
+  using c = empty([rows, n], { dtype: 'f32', device: 'cuda' });
+  gemm({ a: x, b: w.gpu, c, transB: true, backend: 1 });
+  const weight = make([width], 'bf16', 3);
+  using y = empty([rows, width], { dtype: 'bf16', device: 'cuda' });
+  rmsNorm({ x, weight: weight.gpu, out: y, eps: 1e-5 });
+  add({ a: y, b: x, out: x });
+  using ids = empty([2], { dtype: 'i32', device: 'cuda' });
+  copy(ids, fromTypedArray(Int32Array.from([rows - 1, 745_655]), [2]));
+  using picked = empty([2, width], { dtype: 'bf16', device: 'cuda' });
+  embeddingGather({ table: y, ids, out: picked });
+  for (const [i, row] of [rows - 1, 745_655].entries()) {
+    const values = block.values.subarray((row % 4096) * width, ((row % 4096) + 1) * width);
+    const { sum, magnitude } = gemmReference(values, w.values, 1, n, width, false, true);
+    close(`gemm row ${row}`, await fetch(c.rows(row, 1)), sum, 'f32', (j) => magnitude[j] as number, width);
+    const inverse = 1 / Math.sqrt(values.reduce((s, v) => s + v * v, 0) / width + 1e-5);
+    const normed = Float64Array.from(values, (v, j) => v * inverse * (weight.values[j] as number));
+    close(`rmsNorm row ${row}`, await fetch(y.rows(row, 1)), normed, 'bf16', (j) => Math.abs(normed[j] as number), width);
+    close(`gather row ${row}`, await fetch(picked.rows(i, 1)), normed, 'bf16', (j) => Math.abs(normed[j] as number), width);
+    const got = await fetch(y.rows(row, 1));
+    close(
+      `add row ${row}`,
+      await fetch(x.rows(row, 1)),
+      values.map((v, j) => v + (got[j] as number)),
+      'bf16',
+      (j) => Math.abs(got[j] as number) + 5,
+      2,
+    );
+  }
+});
+
+test('row ops: norms of heads, wide rows, many rows; the same bits twice', async () => {
+  for (const [tokens, heads, width] of [
+    [300, 5, 64],
+    [1000, 1, 2880],
+    [40, 1, 8192],
+    [20, 1, 8200],
+    [5, 3, 1032],
+  ] as const) {
+    const x = make([tokens, heads, width], 'bf16', 1);
+    const dout = make([tokens, heads, width], 'bf16', 2);
+    const w = make([width], 'f32', 3);
+    using out = empty([tokens, heads, width], { dtype: 'bf16', device: 'cuda' });
+    const items = tokens * heads;
+    const inverse = Float64Array.from({ length: items }, (_, r) => {
+      return 1 / Math.sqrt(x.values.subarray(r * width, (r + 1) * width).reduce((s, v) => s + v * v, 0) / width + 1e-6);
+    });
+    rmsNorm({ x: x.gpu, weight: w.gpu, out, eps: 1e-6 });
+    const want = Float64Array.from(x.values, (v, i) => v * (inverse[Math.floor(i / width)] as number) * (w.values[i % width] as number));
+    close(`forward ${heads}x${width}`, await fetch(out), want, 'bf16', (i) => Math.abs(want[i] as number), width);
+    const dw = new Float64Array(width);
+    const magnitude = new Float64Array(width);
+    for (let i = 0; i < items * width; i++) {
+      const term = (x.values[i] as number) * (dout.values[i] as number) * (inverse[Math.floor(i / width)] as number);
+      dw[i % width] = (dw[i % width] as number) + term;
+      magnitude[i % width] = (magnitude[i % width] as number) + Math.abs(term);
+    }
+    const runs: Float32Array[] = [];
+    for (let round = 0; round < 2; round++) {
+      using dWeight = zeros([width], { device: 'cuda' });
+      copy(out, dout.gpu);
+      rmsNormBackward({ x: x.gpu, weight: w.gpu, dout: dout.gpu, dx: out, eps: 1e-6, dWeight, accumulate: true });
+      runs.push(await fetch(dWeight), await fetch(out));
+    }
+    close(`dWeight ${heads}x${width}`, runs[0] as Float32Array, dw, 'f32', (i) => magnitude[i] as number, items + width);
+    const projections = Float64Array.from({ length: items }, (_, r) => {
+      let projection = 0;
+      for (let j = r * width; j < (r + 1) * width; j++)
+        projection += (x.values[j] as number) * (dout.values[j] as number) * (w.values[j % width] as number);
+      return projection;
+    });
+    const dx = Float64Array.from(x.values, (v, i) => {
+      const r = Math.floor(i / width);
+      const s = inverse[r] as number;
+      const d = dout.values[i] as number;
+      return d + s * (d * (w.values[i % width] as number) - (v * s * s * (projections[r] as number)) / width);
+    });
+    close(
+      `dx ${heads}x${width}`,
+      runs[1] as Float32Array,
+      dx,
+      'bf16',
+      (i) => 4 * Math.abs(dout.values[i] as number) + 4 * Math.abs(x.values[i] as number) + 1,
+      width,
+    );
+    for (const [first, second] of [
+      [0, 2],
+      [1, 3],
+    ] as const) {
+      assert(
+        (runs[first] as Float32Array).every((v, i) => Object.is(v, (runs[second] as Float32Array)[i])),
+        `${heads}x${width}: bits differ between two runs`,
+      );
+    }
+  }
+  const [rows, width] = [5000, 72];
+  const x = make([rows, width], 'bf16', 4);
+  using sums = zeros([width], { device: 'cuda' });
+  sumRows({ x: x.gpu, out: sums, accumulate: true });
+  const sum = new Float64Array(width);
+  const size = new Float64Array(width);
+  x.values.forEach((v, i) => {
+    sum[i % width] = (sum[i % width] as number) + v;
+    size[i % width] = (size[i % width] as number) + Math.abs(v);
+  });
+  close('sumRows 5000', await fetch(sums), sum, 'f32', (i) => size[i] as number, rows);
+  const vocab = 50;
+  const idValues = Int32Array.from({ length: rows }, (_, i) => (i % 3 ? i % 7 : (i * i) % vocab));
+  using ids = empty([rows], { dtype: 'i32', device: 'cuda' });
+  copy(ids, fromTypedArray(idValues, [rows]));
+  using dTable = zeros([vocab, width], { device: 'cuda' });
+  embeddingScatterAdd({ dout: x.gpu, ids, dTable });
+  const scattered = new Float64Array(vocab * width);
+  const weight = new Float64Array(vocab * width);
+  x.values.forEach((v, i) => {
+    const to = (idValues[Math.floor(i / width)] as number) * width + (i % width);
+    scattered[to] = (scattered[to] as number) + v;
+    weight[to] = (weight[to] as number) + Math.abs(v);
+  });
+  close('scatter 5000', await fetch(dTable), scattered, 'f32', (i) => weight[i] as number, rows);
+});
