@@ -93,6 +93,8 @@ console.log(`\nbefore: ${prompt} ${oneLine(sampleBefore)}`);
 console.log(`after:  ${prompt} ${oneLine(sampleAfter)}`);
 console.log(`\nheld-out loss: ${before.loss.toFixed(2)} -> ${after.loss.toFixed(2)}`);
 console.log(`adapter: ${relative(process.cwd(), adapter) || adapter} (PEFT format)`);
-console.log(`next:    npx lc generate examples/quickstart/tiny-gpt-oss "Call me" --adapter ${relative(process.cwd(), adapter) || adapter}`);
+console.log(
+  `next:    npm run lc -- generate examples/quickstart/tiny-gpt-oss "Call me" --adapter ${relative(process.cwd(), adapter) || adapter}`,
+);
 trainer.dispose();
 model.dispose();

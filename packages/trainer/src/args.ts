@@ -9,7 +9,7 @@ const count = z.number().int().positive();
 const fraction = z.number().min(0).lt(1);
 
 const schema = z.strictObject({
-  /** Run folder: checkpoints, metrics.jsonl, run.json, the final adapter. */
+  /** Run folder: checkpoints, metrics.jsonl, the final adapter. */
   outputDir: z.string().min(1),
   /** Optimizer steps; wins over numTrainEpochs. */
   maxSteps: count.optional(),

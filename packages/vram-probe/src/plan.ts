@@ -123,7 +123,8 @@ function measure(o: PlanOptions, tokens: number, chunk: number, tile: number, lo
   const dkv = 2 * tokens * kvWidth * 4;
   const dequantized = (attentionWeights + mlpWeights) * act;
   const chunkWork = chunkBytes(m, act, Math.min(chunk, tokens), tile, 0);
-  const lossWork = 2 * Math.min(chunk, tokens) * m.hiddenSize * act + lossChunk * bytesPerRow(m.vocabSize, m.hiddenSize) + SLACK;
+  const lossWork =
+    2 * Math.min(chunk, tokens) * m.hiddenSize * act + Math.min(lossChunk, chunk, tokens) * bytesPerRow(m.vocabSize, m.hiddenSize) + SLACK;
   const workspace = Math.max(kv + dkv + dequantized + chunkWork, lossWork);
   const layersPerSegment = o.layersPerSegment ?? 1;
   const store = (deviceBytes: number) =>
