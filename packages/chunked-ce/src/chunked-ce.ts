@@ -1,4 +1,5 @@
-import { copy, empty, fill, gemm, LcTypeError, sumRows, type Tensor, upload, type Workspace } from '@lc/tensor';
+import { copy, fill, fromTypedArray, gemm, LcError, LcTypeError, sumRows, type Tensor, upload, type Workspace } from '@lc/tensor';
+import { checkArguments, supervisedRows } from './check.js';
 import { native } from './native.js';
 import { type ChunkSize, type CrossEntropyOptions, checkOptions, chunkRows } from './plan.js';
 
@@ -11,19 +12,25 @@ export interface ChunkedCrossEntropyArgs extends CrossEntropyOptions {
   bias?: Tensor | null;
   /** i32 [n] on the CPU or host, aligned with `hidden` (see `shiftLabels`): row i is scored against labels[i]. */
   labels: Tensor;
-  /** f32 [n]: weight of each token's loss. Default 1. */
+  /** f32 [n] on the CPU or host: weight of each token's loss, finite. Default 1. */
   tokenWeights?: Tensor | null;
-  /** What the loss is divided by: supervised tokens of the whole optimizer step, so that accumulation adds up. Default: those of this call. */
+  /**
+   * What the loss is divided by: supervised tokens of the whole optimizer step, so that accumulation adds up. Default: those of this call. 0 is
+   * accepted where every label is ignored.
+   */
   numTokens?: number;
-  /** Default 'auto'. */
+  /** Default 'auto'. It decides memory and speed, and results up to rounding: fix it where two runs must give the same bits. */
   chunk?: ChunkSize;
-  /** [n, hidden]: gets d(loss)/d(hidden). May be `hidden` itself, which is then overwritten. */
+  /** [n, hidden]: gets d(loss)/d(hidden), 0 in ignored rows. May be `hidden` itself, which is then overwritten, but not overlap it otherwise. */
   dHidden?: Tensor | null;
   /** f32 [vocab, hidden]: added to. */
   dWeight?: Tensor | null;
   /** f32 [vocab]: added to. */
   dBias?: Tensor | null;
-  /** On a GPU, f32 [2] there: the undivided loss is added to it as high and low part (`readLossSum`), so that nothing waits. Then `loss` is NaN. */
+  /**
+   * f32 [2] on the device: the undivided loss is added to its high and low part (`readLossSum` reads it). On a GPU nothing then waits for the device,
+   * and the `loss` that is returned is NaN; on the CPU it is returned as well.
+   */
   lossSum?: Tensor | null;
   /** f32 [n]: gets each token's weighted loss, not divided; 0 where ignored. */
   lossPerToken?: Tensor | null;
@@ -41,35 +48,23 @@ export interface ChunkedCrossEntropyResult {
   readonly chunkRows: number;
 }
 
+/** Values of an f32 tensor, wherever it lies; waits for the device. A copy, because `data()` cannot look into an allocation of more than 4 GiB. */
+function readBack(t: Tensor): Float32Array {
+  const values = new Float32Array(t.numel);
+  using host = fromTypedArray(values, t.shape, { label: 'loss' });
+  copy(host, t);
+  return values;
+}
+
 /** The loss in a `lossSum`, waiting for the device. */
 export function readLossSum(sum: Tensor): number {
-  using host = empty([2], { label: 'loss' });
-  copy(host, sum);
-  const [high, low] = host.data() as unknown as [number, number];
+  const [high, low] = readBack(sum) as unknown as [number, number];
   return high + low;
 }
 
-function check(args: ChunkedCrossEntropyArgs): { n: number; hidden: number; vocab: number } {
-  const { hidden, weight, bias, labels, tokenWeights, dHidden, dWeight, dBias, lossPerToken } = args;
-  const fail = (name: string, want: string, got: Tensor): never => {
-    throw new LcTypeError('ERR_LC_SHAPE', `chunkedCrossEntropy: ${name} must be ${want}, got ${got}`);
-  };
-  if (hidden.shape.length !== 2) fail('hidden', '[n, hidden]', hidden);
-  const [n, width] = hidden.shape as [number, number];
-  if (weight.shape.length !== 2 || weight.shape[1] !== width || weight.shape[0] === 0) fail('weight', `[vocab, ${width}]`, weight);
-  const vocab = weight.shape[0] as number;
-  const same = (t: Tensor, shape: readonly number[]): boolean => t.shape.length === shape.length && shape.every((s, i) => s === t.shape[i]);
-  if (labels.dtype !== 'i32' || !same(labels, [n])) fail('labels', `i32[${n}]`, labels);
-  if (bias && !same(bias, [vocab])) fail('bias', `[${vocab}]`, bias);
-  for (const [name, t] of [
-    ['tokenWeights', tokenWeights],
-    ['lossPerToken', lossPerToken],
-  ] as const)
-    if (t && !same(t, [n])) fail(name, `f32[${n}]`, t);
-  if (dHidden && !same(dHidden, [n, width])) fail('dHidden', `[${n}, ${width}]`, dHidden);
-  if (dWeight && !same(dWeight, [vocab, width])) fail('dWeight', `f32[${vocab}, ${width}]`, dWeight);
-  if (dBias && !same(dBias, [vocab])) fail('dBias', `f32[${vocab}]`, dBias);
-  return { n, hidden: width, vocab };
+function addToLossSum(sum: Tensor, loss: number): void {
+  const total = readLossSum(sum) + loss;
+  upload(sum, Float32Array.of(total, total - Math.fround(total)));
 }
 
 /**
@@ -78,24 +73,12 @@ function check(args: ChunkedCrossEntropyArgs): { n: number; hidden: number; voca
  *
  * Extra memory: chunk x (vocab + 2 hidden) x 4 bytes from `ws`, instead of n x vocab for logits and as much again for their gradient.
  *
- * @throws ERR_LC_SHAPE, ERR_LC_DTYPE; ERR_LC_ARGUMENT for a label outside the vocabulary (its row is named) and for options out of range
+ * @throws ERR_LC_SHAPE, ERR_LC_DTYPE, ERR_LC_DEVICE; ERR_LC_ARGUMENT for a label outside the vocabulary or a token weight that is not finite (the row
+ * is named), and for options out of range; ERR_LC_OUT_OF_MEMORY. Everything is checked and taken before anything is written
  */
 export function chunkedCrossEntropy(args: ChunkedCrossEntropyArgs): ChunkedCrossEntropyResult {
-  const { n, hidden: width, vocab } = check(args);
-  const {
-    hidden,
-    weight,
-    bias = null,
-    labels,
-    tokenWeights = null,
-    dHidden = null,
-    dWeight = null,
-    dBias = null,
-    lossPerToken = null,
-    lossSum = null,
-    ws,
-    chunk = 'auto',
-  } = args;
+  const { n, width, vocab } = checkArguments(args);
+  const { hidden, weight, bias = null, dHidden = null, dWeight = null, dBias = null, lossPerToken = null, lossSum = null, ws } = args;
   const options = {
     ignoreIndex: args.ignoreIndex ?? -100,
     labelSmoothing: args.labelSmoothing ?? 0,
@@ -103,41 +86,31 @@ export function chunkedCrossEntropy(args: ChunkedCrossEntropyArgs): ChunkedCross
     softCap: args.softCap ?? 0,
     logitScale: args.logitScale ?? 1,
   };
-  const label = labels.data<Int32Array>();
-  const rows = new Int32Array(n); // rows that count, in order
-  let supervised = 0;
-  for (let i = 0; i < n; i++) {
-    const y = label[i] as number;
-    if (y === options.ignoreIndex) continue;
-    if (y < 0 || y >= vocab) {
-      throw new LcTypeError(
-        'ERR_LC_ARGUMENT',
-        `chunkedCrossEntropy: labels[${i}] is ${y}, expected 0..${vocab - 1} or ignoreIndex ${options.ignoreIndex}`,
-      );
-    }
-    rows[supervised++] = i;
+  checkOptions(options);
+  const label = args.labels.data<Int32Array>();
+  const weights = args.tokenWeights?.data<Float32Array>();
+  const rows = supervisedRows(label, weights, options.ignoreIndex, vocab);
+  const supervised = rows.length;
+  const numTokens = countTokens(args.numTokens, supervised);
+  const wanted = chunkRows(args.chunk ?? 'auto', Math.max(1, supervised), vocab, width, hidden.device);
+  if (supervised === 0) {
+    if (lossPerToken) fill(lossPerToken, 0);
+    if (dHidden) fill(dHidden, 0);
+    return { loss: 0, supervised, gemmRows: 0, chunkRows: wanted };
   }
-  const numTokens = args.numTokens ?? Math.max(1, supervised);
-  checkOptions(options, numTokens);
-  const chunkSize = chunkRows(chunk, Math.max(1, supervised), vocab, width, hidden.device);
-  const gradient = dHidden !== null || dWeight !== null || dBias !== null;
-  const weights = tokenWeights?.data();
-  if (lossPerToken) fill(lossPerToken, 0);
 
   const onGpu = hidden.device.startsWith('cuda');
-  let loss = 0; // f64, in token order
-  let cleared = 0; // rows of dHidden that are done, one way or the other
-  ws.scoped(() => {
-    const logits = ws.alloc([chunkSize, vocab], 'f32');
+  const gradient = dHidden !== null || dWeight !== null || dBias !== null;
+  const shape = { vocab, width, gradient: dHidden !== null, weighted: weights !== undefined };
+  return ws.scoped(() => {
+    const scratch = takeScratch(ws, wanted, shape, args.chunk ?? 'auto');
+    const { chunkSize, logits, gathered, dGathered, index, target, rowLoss, rowWeight } = scratch;
     // On a GPU the gradient takes the first half of each row of logits, as bf16: what the next GEMM wants.
     const dLogits = onGpu ? logits.reinterpret('bf16', [chunkSize, 2 * vocab]).slice(1, 0, vocab) : logits;
-    const gathered = ws.alloc([chunkSize, width]);
-    const dGathered = dHidden ? ws.alloc([chunkSize, width]) : null;
-    const index = ws.alloc([chunkSize], 'i32');
-    const target = ws.alloc([chunkSize], 'i32');
-    const rowLoss = ws.alloc([chunkSize], 'f32');
-    const rowWeight = weights ? ws.alloc([chunkSize], 'f32') : null;
     const sum = onGpu ? (lossSum ?? ws.zeros([2], 'f32')) : null;
+    if (lossPerToken) fill(lossPerToken, 0);
+    let loss = 0; // f64, in token order
+    let cleared = 0; // rows of dHidden that are done, one way or the other
     for (let at = 0; at < supervised; at += chunkSize) {
       const m = Math.min(chunkSize, supervised - at);
       const part = rows.subarray(at, at + m);
@@ -146,16 +119,13 @@ export function chunkedCrossEntropy(args: ChunkedCrossEntropyArgs): ChunkedCross
       const z = logits.rows(0, m);
       const dz = dLogits.rows(0, m);
       const ids = index.rows(0, m);
+      const targets = part.map((row) => label[row] as number);
       upload(ids, part);
-      upload(
-        target.rows(0, m),
-        part.map((row) => label[row] as number),
-      );
-      if (rowWeight && weights)
-        upload(
-          rowWeight.rows(0, m),
-          Float32Array.from(part, (row) => weights[row] as number),
-        );
+      upload(target.rows(0, m), targets);
+      if (rowWeight && weights) {
+        const values = Float32Array.from(part, (row) => weights[row] as number);
+        upload(rowWeight.rows(0, m), values);
+      }
       let h: Tensor;
       if (dense) h = hidden.rows(first, m);
       else {
@@ -174,7 +144,7 @@ export function chunkedCrossEntropy(args: ChunkedCrossEntropyArgs): ChunkedCross
         gradient,
         sum,
       });
-      if (!onGpu) for (const value of rowLoss.rows(0, m).data()) loss += value;
+      if (!onGpu) for (const value of readBack(rowLoss.rows(0, m))) loss += value;
       if (lossPerToken) native().scatterRows({ src: rowLoss.rows(0, m).view([m, 1]), dst: lossPerToken.view([n, 1]), index: ids });
       if (dWeight) gemm({ a: dz, b: h, c: dWeight, transA: true, beta: 1 });
       if (dBias) sumRows({ x: dz, out: dBias, accumulate: true });
@@ -191,8 +161,56 @@ export function chunkedCrossEntropy(args: ChunkedCrossEntropyArgs): ChunkedCross
         cleared = last + 1;
       }
     }
+    if (dHidden && cleared < n) fill(dHidden.rows(cleared, n - cleared), 0);
     if (sum) loss = lossSum ? Number.NaN : readLossSum(sum);
+    else if (lossSum) addToLossSum(lossSum, loss);
+    return { loss: loss / numTokens, supervised, gemmRows: supervised, chunkRows: chunkSize };
   });
-  if (dHidden && cleared < n) fill(dHidden.rows(cleared, n - cleared), 0);
-  return { loss: loss / numTokens, supervised, gemmRows: supervised, chunkRows: chunkSize };
+}
+
+function countTokens(given: number | undefined, supervised: number): number {
+  if (given === undefined || (given === 0 && supervised === 0)) return Math.max(1, supervised);
+  if (given > 0 && Number.isFinite(given)) return given;
+  throw new LcTypeError(
+    'ERR_LC_ARGUMENT',
+    `chunkedCrossEntropy: numTokens must be the count of supervised tokens of the whole step, > 0, got ${String(given)}`,
+  );
+}
+
+interface Scratch {
+  chunkSize: number;
+  logits: Tensor;
+  gathered: Tensor;
+  dGathered: Tensor | null;
+  index: Tensor;
+  target: Tensor;
+  rowLoss: Tensor;
+  rowWeight: Tensor | null;
+}
+
+/** All scratch of a call. Nothing is computed before it is taken, so under 'auto' a workspace that is too small only means smaller chunks. */
+function takeScratch(
+  ws: Workspace,
+  wanted: number,
+  { vocab, width, gradient, weighted }: { vocab: number; width: number; gradient: boolean; weighted: boolean },
+  chunk: ChunkSize,
+): Scratch {
+  const mark = ws.mark();
+  for (let rows = wanted; ; rows = Math.ceil(rows / 2)) {
+    try {
+      return {
+        chunkSize: rows,
+        logits: ws.alloc([rows, vocab], 'f32'),
+        gathered: ws.alloc([rows, width]),
+        dGathered: gradient ? ws.alloc([rows, width]) : null,
+        index: ws.alloc([rows], 'i32'),
+        target: ws.alloc([rows], 'i32'),
+        rowLoss: ws.alloc([rows], 'f32'),
+        rowWeight: weighted ? ws.alloc([rows], 'f32') : null,
+      };
+    } catch (error) {
+      if (chunk !== 'auto' || rows === 1 || !(error instanceof LcError) || error.code !== 'ERR_LC_OUT_OF_MEMORY') throw error;
+      ws.reset(mark);
+    }
+  }
 }

@@ -48,7 +48,8 @@ export interface CrossEntropyOptions {
   logitScale?: number;
 }
 
-export function checkOptions(o: Required<CrossEntropyOptions>, numTokens: number): void {
+/** @throws ERR_LC_ARGUMENT naming the option that is out of range */
+export function checkOptions(o: Required<CrossEntropyOptions>): void {
   const fail = (name: string, want: string, got: unknown): never => {
     throw new LcTypeError('ERR_LC_ARGUMENT', `chunkedCrossEntropy: ${name} must be ${want}, got ${String(got)}`);
   };
@@ -57,7 +58,6 @@ export function checkOptions(o: Required<CrossEntropyOptions>, numTokens: number
   if (!(o.zLoss >= 0 && Number.isFinite(o.zLoss))) fail('zLoss', 'a finite number >= 0', o.zLoss);
   if (!(o.softCap >= 0 && Number.isFinite(o.softCap))) fail('softCap', 'a finite number >= 0', o.softCap);
   if (!Number.isFinite(o.logitScale) || o.logitScale === 0) fail('logitScale', 'a finite number other than 0', o.logitScale);
-  if (!(numTokens > 0 && Number.isFinite(numTokens))) fail('numTokens', 'the count of supervised tokens of the whole step, > 0', numTokens);
 }
 
 /**
