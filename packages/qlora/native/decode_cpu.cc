@@ -3,6 +3,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
+#include "convert.h"
 #include "quant.h"
 
 namespace lc_qlora {
@@ -59,6 +60,10 @@ Decode choose() {
 const Decode kDecode = choose();
 
 }  // namespace
+
+__attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4"))) void narrow(const float* x, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; i++) out[i] = to_bf16(x[i]);
+}
 
 void decode4(const uint8_t* codes, int64_t n, const float* table, float scale, bool high_first, float* out) {
   kDecode(codes, n, table, scale, high_first, out);

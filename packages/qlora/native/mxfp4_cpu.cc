@@ -13,14 +13,17 @@ const float kE2m1[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, 
 
 namespace {
 
-/* Nearest E2M1 magnitude, ties to the even code, above 6 saturating. */
-int encode_magnitude(float v) {
-  int code = 0;
-  for (int k = 0; k < 7; k++) {
-    const float middle = (kE2m1[k] + kE2m1[k + 1]) * 0.5f;
-    code += k & 1 ? v >= middle : v > middle;
+/* Codes of one block, times a power of two: nearest E2M1, ties to the even code, above 6 saturating. The number of midpoints below a magnitude; at a
+ * midpoint above an odd code, one more. */
+__attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4"))) void encode(const float* x, float factor, int32_t* codes) {
+  static const float even[4] = {0.25f, 1.25f, 2.5f, 5.0f}, odd[3] = {0.75f, 1.75f, 3.5f};
+  for (int64_t i = 0; i < kMxBlock; i++) {
+    const float v = std::fabs(x[i] * factor);
+    int32_t code = 0;
+    for (int k = 0; k < 4; k++) code += v > even[k];
+    for (int k = 0; k < 3; k++) code += v >= odd[k];
+    codes[i] = code | static_cast<int32_t>((to_bits(x[i]) >> 31) << 3);
   }
-  return code;
 }
 
 }  // namespace
@@ -38,15 +41,12 @@ bool mxfp4_quantize(const Mxfp4& p) {
       // The exponent of the largest magnitude, less that of 6.0 = 1.5 * 2^2.
       const int exponent = largest > 0 && std::isfinite(largest) ? std::clamp(std::ilogb(largest) - 2, -127, 127) : -127;
       p.scales[b] = static_cast<uint8_t>(exponent + 127);
+      // 2^-exponent is exact, a subnormal included; a product that underflows rounds to zero anyway.
+      const float factor = exponent == 127 ? 0x1p-127f : from_bits(static_cast<uint32_t>(127 - exponent) << 23);
+      int32_t codes[kMxBlock];
+      encode(x, factor, codes);
       uint8_t* out = p.blocks + b * (kMxBlock / 2);
-      for (int64_t i = 0; i < kMxBlock / 2; i++) {
-        int pair = 0;
-        for (int half = 0; half < 2; half++) {
-          const float v = std::ldexp(x[2 * i + half], -exponent);
-          pair |= (encode_magnitude(std::fabs(v)) | (std::signbit(v) ? 8 : 0)) << (4 * half);
-        }
-        out[i] = static_cast<uint8_t>(pair);
-      }
+      for (int64_t i = 0; i < kMxBlock / 2; i++) out[i] = static_cast<uint8_t>(codes[2 * i] | (codes[2 * i + 1] << 4));
     }
   });
   return finite;
@@ -63,8 +63,7 @@ void mxfp4_dequantize(const Mxfp4& p) {
         decode4(codes, kMxBlock, kE2m1, scale, false, static_cast<float*>(p.values) + b * kMxBlock);
       } else {
         decode4(codes, kMxBlock, kE2m1, scale, false, buffer);
-        uint16_t* out = static_cast<uint16_t*>(p.values) + b * kMxBlock;
-        for (int64_t i = 0; i < kMxBlock; i++) out[i] = to_bf16(buffer[i]);
+        narrow(buffer, kMxBlock, static_cast<uint16_t*>(p.values) + b * kMxBlock);
       }
     }
   });

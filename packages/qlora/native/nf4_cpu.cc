@@ -99,8 +99,7 @@ void nf4_dequantize(const Nf4Dequantize& p) {
         decode4(p.codes + first / 2, n, kNf4, scale, true, static_cast<float*>(p.out) + first);
       } else {
         decode4(p.codes + first / 2, n, kNf4, scale, true, buffer);
-        uint16_t* out = static_cast<uint16_t*>(p.out) + first;
-        for (int64_t i = 0; i < n; i++) out[i] = to_bf16(buffer[i]);
+        narrow(buffer, n, static_cast<uint16_t*>(p.out) + first);
       }
     }
   });

@@ -64,5 +64,8 @@ void mxfp4_dequantize(const Mxfp4& p);
 /* Decodes n elements of packed 4-bit codes through a 16-entry table, times scale. n is a multiple of 32 but for the last call of a tensor. */
 void decode4(const uint8_t* codes, int64_t n, const float* table, float scale, bool high_first, float* out);
 
+/* f32 -> bf16, to nearest even. */
+void narrow(const float* x, int64_t n, uint16_t* out);
+
 }  // namespace lc_qlora
 #endif

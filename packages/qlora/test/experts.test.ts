@@ -28,7 +28,8 @@ describe('LoraExpertLinear', () => {
     using ws = new Workspace();
     const { experts, inFeatures, outFeatures, r } = c;
     const rows = c.counts.reduce((a, b) => a + b, 0);
-    const starts = c.counts.reduce<number[]>((list, n) => [...list, (list.at(-1) as number) + n], [0]);
+    const starts = [0];
+    for (const n of c.counts) starts.push((starts.at(-1) as number) + n);
     const offsets = scope.own(fromTypedArray(Int32Array.from(starts), [experts + 1]));
     const dense = scope.own(fromTypedArray(randomNormal(experts * outFeatures * inFeatures, 1, 0.2), [experts, outFeatures, inFeatures]));
     const w = scope.own(empty(dense.shape));
