@@ -26,4 +26,5 @@ export {
   TrainingSession,
   type TrainingSessionOptions,
 } from './step.js';
+export { presets, type SyntheticOptions, syntheticModel } from './synthetic.js';
 export { checkTensors, type ExpertLayout, expectedTensors, type TensorSpec } from './tensors.js';

@@ -39,7 +39,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
   const { experts } = checkTensors(reader, config);
   const scope = new Scope();
   try {
-    const model = await build(folder, config, reader, experts, scope, options);
+    const model = await buildModel(folder, config, reader, experts, scope, options);
     if (options.lora) attachLora(model, options.lora);
     return model;
   } catch (error) {
@@ -69,8 +69,9 @@ function checkLength(config: ModelConfig, maxSeqLength: number): void {
   );
 }
 
-async function build(
-  folder: string,
+/** What `loadModel` does after opening a checkpoint; `folder` null: there is none. */
+export async function buildModel(
+  folder: string | null,
   config: ModelConfig,
   reader: SafetensorsReader,
   experts: ExpertLayout | null,
