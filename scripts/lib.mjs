@@ -31,7 +31,10 @@ export const bin = (name) => join(root, 'node_modules/.bin', name);
 export function install() {
   const stamp = join(root, 'node_modules/.modules.yaml');
   const fresh = existsSync(stamp) && statSync(stamp).mtimeMs >= statSync(join(root, 'pnpm-lock.yaml')).mtimeMs;
-  if (!fresh) pnpm(['install', '--frozen-lockfile', '--prefer-offline']);
+  if (fresh) return;
+  console.log(`[lc] installing dependencies with ${manifest.packageManager}`);
+  // Errors only: before the first build pnpm warns of commands whose file does not exist yet.
+  pnpm(['install', '--frozen-lockfile', '--prefer-offline', '--loglevel=error']);
 }
 
 /** turbo does not see compilers: their versions go into a file that it hashes. Prints why CUDA is left out, if it is. */
