@@ -1,4 +1,6 @@
 /** `FastLanguageModel`: load a Hugging Face folder, put an adapter on it. Names as in Unsloth, in camelCase. */
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
 import { loadTokenizer, type Tokenizer } from '@lc/data';
 import {
   attachLora,
@@ -104,10 +106,18 @@ export class LanguageModel implements Disposable {
 export const FastLanguageModel = {
   /**
    * Loads config.json, safetensors and tokenizer of a folder.
-   * @throws ERR_LC_MODEL, ERR_LC_CONFIG, ERR_LC_SAFETENSORS, ERR_LC_TOKENIZER, ERR_LC_NO_DRIVER and its kin
+   * @throws ERR_LC_MODEL, ERR_LC_CONFIG, ERR_LC_SAFETENSORS, ERR_LC_NAN, ERR_LC_TOKENIZER, ERR_LC_ADAPTER, ERR_LC_NO_DRIVER and its kin
    */
   async fromPretrained(folder: string, options: FromPretrainedOptions = {}): Promise<{ model: LanguageModel; tokenizer: Tokenizer }> {
     const { loadIn4bit = true, tile = 1024, maxSeqLength, device, ropeScaling, adapter } = options;
+    if (!existsSync(folder)) {
+      throw new LcError(
+        'ERR_LC_MODEL',
+        `${folder}: no such folder; download the model first and give the folder with its config.json, safetensors and tokenizer`,
+      );
+    }
+    if (adapter !== undefined && !existsSync(join(adapter, 'adapter_config.json')))
+      throw new LcError('ERR_LC_ADAPTER', `${adapter}: no adapter_config.json; give a folder that PEFT or lc saved an adapter to`);
     const tokenizer = loadTokenizer(folder);
     const inner = await loadModel(folder, {
       loadIn4bit,

@@ -154,7 +154,13 @@ describe('lc train', () => {
 
   it('bad input: exit code 2, a typed error on stdout, its text on stderr, nothing written', async () => {
     const cases: [name: string, more: Record<string, string | number>, args: string[], code: RegExp, message: RegExp][] = [
-      ['unknown', { lerning_rate: 1 }, [], /^ERR_LC_CONFIG$/, /unknown\.yaml:\d+: unknown key 'lerning_rate'; did you mean 'learning_rate'\?/],
+      [
+        'unknown',
+        { lerning_rate: 1 },
+        [],
+        /^ERR_LC_CONFIG$/,
+        /unknown\.yaml:\d+: unknown key 'lerning_rate'; did you mean 'learning_rate'\?/,
+      ],
       ['set', {}, ['--set', 'lora_r=none'], /^ERR_LC_CONFIG$/, /--set: lora_r/],
       ['nomodel', { base_model: './not-there' }, [], /^ERR_LC_MODEL$/, /not-there: no such folder/],
       ['nodata', {}, ['--set', 'datasets.0.path=gone.txt'], /^ERR_LC_DATA$/, /gone\.txt/],
@@ -258,7 +264,11 @@ describe('lc plan, doctor, generate', () => {
   });
 
   it('train: exit code 3 when the run does not fit', async () => {
-    const run = await lc(['train', config('huge', { sequence_len: 500_000_000, rope_scaling: '{ rope_type: yarn, factor: 1000000 }' }), '--json']);
+    const run = await lc([
+      'train',
+      config('huge', { sequence_len: 500_000_000, chunk_size: 65536, rope_scaling: '{ rope_type: yarn, factor: 1000000 }' }),
+      '--json',
+    ]);
     expect(run).toMatchObject({ code: 3 });
     expect(errorOf(run)).toMatchObject({ code: 'ERR_LC_PLAN', message: expect.stringMatching(/longest length that fits/) });
     expect(existsSync(join(dir, 'huge', 'adapter_model.safetensors'))).toBe(false);
@@ -268,7 +278,13 @@ describe('lc plan, doctor, generate', () => {
     const run = await lc(['doctor', '--json']);
     expect(run).toMatchObject({ code: 0, stderr: '' });
     expect(events(run)).toEqual([
-      expect.objectContaining({ schema: 1, node: process.version, gpus: expect.any(Array), ram: expect.any(Object), cuda: expect.any(Object) }),
+      expect.objectContaining({
+        schema: 1,
+        node: process.version,
+        gpus: expect.any(Array),
+        ram: expect.any(Object),
+        cuda: expect.any(Object),
+      }),
     ]);
     const text = await lc(['doctor']);
     expect(text).toMatchObject({ code: 0, stdout: expect.stringMatching(/RAM .* available of/) });

@@ -17,7 +17,8 @@ interface PlanFlags {
 }
 
 export function planCommand(model: string, flags: PlanFlags): void {
-  const file = existsSync(model) && statSync(model).isDirectory() ? join(model, 'config.json') : model;
+  if (!existsSync(model)) throw new LcError('ERR_LC_MODEL', `${model}: no such folder or file; give a model folder, or its config.json`);
+  const file = statSync(model).isDirectory() ? join(model, 'config.json') : model;
   const shape = modelShapeFromConfig(readJson(file, 1 << 20));
   if (flags.device !== 'cpu' && flags.device !== 'cuda')
     throw new LcError('ERR_LC_CONFIG', `--device: expected cpu or cuda, got '${flags.device}'`);
