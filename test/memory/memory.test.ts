@@ -105,7 +105,10 @@ describe.each(Object.entries(cases))('memory of a training step: %s', (name, { f
       ...{ vocabSize: model.config.vocabSize, tieWordEmbeddings: model.config.tieWordEmbeddings },
     };
     const sizes = { chunk: CHUNK, tile: TILE, lossChunk: LOSS_CHUNK, checkpointDeviceBytes: 0 };
-    expect(plan({ model: shape, tokens: lengths[2], ...sizes }).perToken).toMatchObject({ device: deviceFormula, checkpoints: hostFormula });
+    expect(plan({ model: shape, tokens: lengths[2], ...sizes }).perToken).toMatchObject({
+      device: deviceFormula,
+      checkpoints: hostFormula,
+    });
     for (let i = 0; i + 1 < lengths.length; i++) {
       expect(Math.abs(slope('device', i) / deviceFormula - 1)).toBeLessThan(0.03);
       expect(Math.abs(slope('host', i) / hostFormula - 1)).toBeLessThan(0.03);
