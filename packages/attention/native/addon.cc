@@ -1,5 +1,6 @@
 /* Unpacks arguments. Shapes are explained to the user in src/plan.ts; what is checked here again is what memory safety rests on. */
 #include "attention.h"
+#include "cuda_addon.h"
 #include "lctx/napi_glue.h"
 #include "rope.h"
 
@@ -7,6 +8,16 @@ namespace {
 
 using lctx::Args;
 using lctx::View;
+
+/* True when the call is for a GPU; throws where this build has no code for one. */
+bool on_gpu(const Args& a, const char* key) {
+  if (a.tensor(key).on_cpu()) return false;
+#ifdef LCTX_WITH_CUDA
+  return true;
+#else
+  a.fail("ERR_LC_NO_PREBUILD", std::string(key) + " is on a GPU, but this build of @lc/attention has no CUDA code; build it with LCTX_CUDA=1");
+#endif
+}
 
 void require(const Args& a, bool ok, const char* what) {
   if (!ok) a.fail("ERR_LC_SHAPE", what);
@@ -59,6 +70,11 @@ View flat(const Args& a, const char* key, int64_t numel) {
 
 Napi::Value forward(const Napi::CallbackInfo& info) {
   Args a(info, "attentionForward");
+#ifdef LCTX_WITH_CUDA
+  if (on_gpu(a, "q")) return attention::cuda::forward(a), info.Env().Undefined();
+#else
+  on_gpu(a, "q");
+#endif
   View q = a.cpu("q", LCTX_F32), k = a.cpu("k", LCTX_F32), v = a.cpu("v", LCTX_F32);
   attention::Forward f{};
   f.p = problem(a, q, k, v);
@@ -75,6 +91,11 @@ Napi::Value forward(const Napi::CallbackInfo& info) {
 
 Napi::Value backward(const Napi::CallbackInfo& info) {
   Args a(info, "attentionBackward");
+#ifdef LCTX_WITH_CUDA
+  if (on_gpu(a, "q")) return attention::cuda::backward(a), info.Env().Undefined();
+#else
+  on_gpu(a, "q");
+#endif
   View q = a.cpu("q", LCTX_F32), k = a.cpu("k", LCTX_F32), v = a.cpu("v", LCTX_F32);
   attention::Backward b{};
   b.p = problem(a, q, k, v);
@@ -105,6 +126,11 @@ Napi::Value backward(const Napi::CallbackInfo& info) {
 
 Napi::Value rope(const Napi::CallbackInfo& info) {
   Args a(info, "rope");
+#ifdef LCTX_WITH_CUDA
+  if (on_gpu(a, "x")) return attention::cuda::rope(a), info.Env().Undefined();
+#else
+  on_gpu(a, "x");
+#endif
   View x = a.cpu("x", LCTX_F32);
   require(a, x.ndim == 3, "x must be [n, heads, headDim]");
   Napi::Value table = a.value("invFreq");

@@ -1,16 +1,19 @@
 import { LcTypeError, numThreads, type Tensor, type Workspace } from '@lc/tensor';
 import { native } from './native.js';
-import { backwardSegments, checkAttention, expectTensor, scratchFloats } from './plan.js';
+import { backwardSegments, checkAttention, expectDevice, expectTensor, isCuda, SINK_PARTS, scratchFloats } from './plan.js';
 
-/** What both passes take. Rows (dimension 0) of q, k, v, out and their gradients may be strided: slices of a fused projection. */
+/**
+ * What both passes take. Rows (dimension 0) of q, k, v, out and their gradients may be strided: slices of a fused projection.
+ * Activations are f32 on the CPU and bf16 on a GPU, where head dims are multiples of 8 up to 128 and bf16 rows begin at multiples of 16 bytes.
+ */
 export interface AttentionArgs {
-  /** f32 [n, heads, headDim], rotated already. */
+  /** f32 (bf16 on a GPU) [n, heads, headDim], rotated already. */
   q: Tensor;
-  /** f32 [T, kvHeads, headDim], T >= start + n; query head h reads K/V head floor(h / (heads / kvHeads)). */
+  /** f32 (bf16 on a GPU) [T, kvHeads, headDim], T >= start + n; query head h reads K/V head floor(h / (heads / kvHeads)). */
   k: Tensor;
-  /** f32 [T, kvHeads, headDim]. */
+  /** f32 (bf16 on a GPU) [T, kvHeads, headDim]. */
   v: Tensor;
-  /** f32 [n, heads, headDim]. */
+  /** f32 (bf16 on a GPU) [n, heads, headDim]. */
   out: Tensor;
   /** f32 [n, heads], contiguous: natural log of the softmax denominator, sink included. */
   lse: Tensor;
@@ -20,7 +23,10 @@ export interface AttentionArgs {
   window?: number | null;
   /** f32 [heads]: a logit per head that joins the softmax denominator and carries no value (gpt-oss). */
   sinks?: Tensor | null;
-  /** i32 [n], contiguous: index, in the whole sequence, of the first token of each query's document. Non-decreasing; null: one document from 0. */
+  /**
+   * i32 [n], contiguous: index, in the whole sequence, of the first token of each query's document. Non-decreasing; null: one document from 0.
+   * On a GPU nothing looks at its values beforehand: wrong ones give wrong results.
+   */
   docStart?: Tensor | null;
   /** Default 1 / sqrt(headDim). */
   scale?: number;
@@ -39,12 +45,13 @@ export function attentionForward(args: AttentionArgs): void {
   const op = 'attentionForward';
   const { shape, window, scale } = checkAttention(op, args);
   const { q, k, v, out, lse, start, ws } = args;
-  expectTensor(op, 'out', out, q.shape);
+  expectTensor(op, 'out', out, q.shape, q.dtype);
+  expectDevice(op, 'out', out, q);
   if (shape.tokens === 0) return;
   const mark = ws.mark();
   try {
-    const slots = numThreads();
-    const scratch = ws.alloc([slots * scratchFloats(shape.headDim).forward], 'f32');
+    const slots = isCuda(q) ? 0 : numThreads();
+    const scratch = slots > 0 ? ws.alloc([slots * scratchFloats(shape.headDim).forward], 'f32') : null;
     native().forward({
       q,
       k,
@@ -58,6 +65,7 @@ export function attentionForward(args: AttentionArgs): void {
       docStart: args.docStart ?? null,
       scratch,
       slots,
+      stream: ws.stream,
     });
   } finally {
     ws.reset(mark);
@@ -65,9 +73,9 @@ export function attentionForward(args: AttentionArgs): void {
 }
 
 export interface AttentionBackwardArgs extends AttentionArgs {
-  /** f32 [n, heads, headDim]: d(loss) / d(out). */
+  /** f32 (bf16 on a GPU) [n, heads, headDim]: d(loss) / d(out). */
   dout: Tensor;
-  /** f32 [n, heads, headDim]: overwritten. May not overlap q, out or dout. */
+  /** f32 (bf16 on a GPU) [n, heads, headDim]: overwritten. May not overlap q, out or dout. */
   dq: Tensor;
   /** f32 [T, kvHeads, headDim]: added to. */
   dk: Tensor;
@@ -89,8 +97,9 @@ export function attentionBackward(args: AttentionBackwardArgs): void {
   const op = 'attentionBackward';
   const { shape, window, scale } = checkAttention(op, args);
   const { q, k, v, out, lse, dout, dq, dk, dv, start, ws } = args;
-  for (const [name, t] of Object.entries({ out, dout, dq })) expectTensor(op, name, t, q.shape);
+  for (const [name, t] of Object.entries({ out, dout, dq })) expectTensor(op, name, t, q.shape, q.dtype);
   for (const [name, t] of Object.entries({ dk, dv })) expectTensor(op, name, t, k.shape);
+  for (const [name, t] of Object.entries({ out, dout, dq, dk, dv, dSinks: args.dSinks })) expectDevice(op, name, t, q);
   if (args.dSinks) {
     if (!args.sinks) throw new LcTypeError('ERR_LC_ARGUMENT', `${op}: dSinks was given without sinks; pass the sinks of the forward pass`);
     expectTensor(op, 'dSinks', args.dSinks, [shape.heads]);
@@ -98,15 +107,24 @@ export function attentionBackward(args: AttentionBackwardArgs): void {
   if (shape.tokens === 0) return;
   const mark = ws.mark();
   try {
-    const slots = numThreads();
-    const segments = backwardSegments(shape);
     const rows = shape.tokens * shape.heads;
-    native().backward({
+    const common = {
       ...{ q, k, v, out, lse, start, window, scale, sinks: args.sinks ?? null, docStart: args.docStart ?? null },
       ...{ dout, dq, dk, dv, dSinks: args.dSinks ?? null },
+      delta: ws.alloc([rows], 'f32'),
+      stream: ws.stream,
+    };
+    if (isCuda(q)) {
+      const partial = args.dSinks ? ws.alloc([SINK_PARTS * shape.heads], 'f32') : null;
+      native().backward({ ...common, scratch: null, slots: 0, partial, segments: 0 });
+      return;
+    }
+    const slots = numThreads();
+    const segments = backwardSegments(shape);
+    native().backward({
+      ...common,
       scratch: ws.alloc([slots * scratchFloats(shape.headDim).backward], 'f32'),
       slots,
-      delta: ws.alloc([rows], 'f32'),
       partial: segments > 1 ? ws.alloc([(segments - 1) * rows * shape.headDim], 'f32') : null,
       segments,
     });

@@ -1,8 +1,8 @@
-import { loadAddon, type Tensor } from '@lc/tensor';
+import { loadAddon, type Stream, type Tensor } from '@lc/tensor';
 
-/** Memory of one forward or backward call beyond its arguments; see plan.ts. */
+/** Memory of one forward or backward call beyond its arguments; see plan.ts. CUDA has neither: `scratch` is null and `slots` 0. */
 export interface Scratch {
-  scratch: Tensor;
+  scratch: Tensor | null;
   /** How many threads may work at once: the scratch holds a piece for each. */
   slots: number;
 }
@@ -21,6 +21,8 @@ interface CommonArgs {
   sinks: Tensor | null;
   docStart: Tensor | null;
   scale: number;
+  /** Read on CUDA. */
+  stream?: Stream;
 }
 
 /** What native/addon.cc exports. */
@@ -35,11 +37,20 @@ export interface AttentionNative {
         dv: Tensor;
         dSinks: Tensor | null;
         delta: Tensor;
+        /** CPU: dQ of the key segments 1.. ; CUDA: partial sums of dSinks. */
         partial: Tensor | null;
         segments: number;
       },
   ): void;
-  rope(args: { x: Tensor; start: number; docStart: Tensor | null; invFreq: Float64Array; factor: number; transpose: boolean }): void;
+  rope(args: {
+    x: Tensor;
+    start: number;
+    docStart: Tensor | null;
+    invFreq: Float64Array;
+    factor: number;
+    transpose: boolean;
+    stream?: Stream;
+  }): void;
   /** f32 elements of scratch per thread. */
   scratch(args: { headDim: number }): { forward: number; backward: number };
   /** The instruction set that the kernels use. Tests choose another; null: this machine lacks it. */

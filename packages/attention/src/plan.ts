@@ -12,11 +12,17 @@ export interface AttentionShape {
   start: number;
   /** Default: no window. */
   window?: number | null;
+  /** Where it runs. Default 'cpu'. */
+  device?: 'cpu' | 'cuda';
 }
 
 const MAX_SEGMENTS = 8;
 const KEYS_PER_SEGMENT = 512;
 const ALIGN = 256;
+/** native/cuda_kernels.h, kMaxDim. */
+const MAX_CUDA_DIM = 128;
+/** native/cuda_kernels.h, kSinkParts. */
+export const SINK_PARTS = 128;
 
 /**
  * Key ranges that the backward pass works on in parallel, each adding to its own copy of dQ. From shapes alone, never from the machine: the number
@@ -42,9 +48,10 @@ const bytes = (floats: number): number => Math.ceil((floats * 4) / ALIGN) * ALIG
 
 /** Bytes that `attentionForward` and `attentionBackward` take from the workspace and give back: O(chunk), whatever the length of the prefix. */
 export function attentionWorkspaceBytes(shape: AttentionShape): { forward: number; backward: number } {
+  const rows = shape.tokens * shape.heads;
+  if (shape.device === 'cuda') return { forward: 0, backward: bytes(rows) + bytes(SINK_PARTS * shape.heads) };
   const scratch = scratchFloats(shape.headDim);
   const threads = numThreads();
-  const rows = shape.tokens * shape.heads;
   const segments = backwardSegments(shape);
   return {
     forward: bytes(scratch.forward * threads),
@@ -66,6 +73,16 @@ interface Checked {
 
 const same = (a: readonly number[], b: readonly number[]): boolean => a.length === b.length && a.every((size, i) => size === b[i]);
 
+/** True on a GPU, where activations are bf16. */
+export const isCuda = (t: Tensor): boolean => t.device.startsWith('cuda');
+
+/** Throws unless `t` lies where `like` does. */
+export function expectDevice(op: string, name: string, t: Tensor | null | undefined, like: Tensor): void {
+  if (t && isCuda(t) !== isCuda(like)) {
+    throw new LcTypeError('ERR_LC_DEVICE', `${op}: ${name} must be on ${like.device} like q, got ${t} on ${t.device}; move it with copy`);
+  }
+}
+
 /** Throws unless `t` is f32 (or `dtype`) of this shape. */
 export function expectTensor(op: string, name: string, t: Tensor, shape: readonly number[], dtype = 'f32'): void {
   if (t?.dtype !== dtype) throw new LcTypeError('ERR_LC_DTYPE', `${op}: ${name} must be ${dtype}[${shape.join(',')}], got ${t}`);
@@ -82,14 +99,16 @@ export function expectStart(op: string, start: number, tokens: number): void {
 /** Checks what both passes share; returns the shape, and window and scale as the kernels take them. */
 export function checkAttention(op: string, args: Checked): { shape: AttentionShape; window: number; scale: number } {
   const { q, k, v, start } = args;
+  const [dtype, where] = isCuda(q) ? ['bf16', 'a GPU'] : ['f32', 'the CPU'];
   for (const [name, t] of Object.entries({ q, k, v })) {
-    if (t.dtype !== 'f32') throw new LcTypeError('ERR_LC_DTYPE', `${op}: ${name} must be f32 on the CPU, got ${t}; cast it with copy`);
+    if (t.dtype !== dtype)
+      throw new LcTypeError('ERR_LC_DTYPE', `${op}: ${name} must be ${dtype} on ${where}, got ${t}; cast it with copy`);
     if (t.shape.length !== 3) throw new LcTypeError('ERR_LC_SHAPE', `${op}: ${name} must be [tokens, heads, headDim], got ${t}`);
   }
   const [tokens, heads, headDim] = q.shape as [number, number, number];
   const [keys, kvHeads] = k.shape as [number, number, number];
-  expectTensor(op, 'k', k, [keys, kvHeads, headDim]);
-  expectTensor(op, 'v', v, k.shape);
+  expectTensor(op, 'k', k, [keys, kvHeads, headDim], dtype);
+  expectTensor(op, 'v', v, k.shape, dtype);
   if (headDim < 1 || kvHeads < 1 || heads < 1 || heads % kvHeads !== 0) {
     throw new LcTypeError(
       'ERR_LC_SHAPE',
@@ -103,6 +122,7 @@ export function checkAttention(op: string, args: Checked): { shape: AttentionSha
       `${op}: queries ${start}..${start + tokens} need as many keys, but k holds ${keys}; pass the prefix with the chunk's own keys`,
     );
   }
+  for (const [name, t] of Object.entries({ k, v, lse: args.lse, sinks: args.sinks, docStart: args.docStart })) expectDevice(op, name, t, q);
   expectTensor(op, 'lse', args.lse, [tokens, heads]);
   if (args.sinks) expectTensor(op, 'sinks', args.sinks, [heads]);
   if (args.docStart) expectTensor(op, 'docStart', args.docStart, [tokens], 'i32');
@@ -111,6 +131,12 @@ export function checkAttention(op: string, args: Checked): { shape: AttentionSha
     throw new LcTypeError(
       'ERR_LC_ARGUMENT',
       `${op}: window must be a positive integer (keys that a query sees, itself included) or null, got ${args.window}`,
+    );
+  }
+  if (isCuda(q) && (headDim % 8 !== 0 || headDim > MAX_CUDA_DIM)) {
+    throw new LcTypeError(
+      'ERR_LC_SHAPE',
+      `${op}: headDim on a GPU must be a multiple of 8 up to ${MAX_CUDA_DIM}, got ${headDim}; pad the heads with zeros, or use the CPU`,
     );
   }
   const scale = args.scale ?? 1 / Math.sqrt(headDim);

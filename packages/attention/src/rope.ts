@@ -1,6 +1,6 @@
 import { LcError, LcTypeError, type Tensor, type Workspace } from '@lc/tensor';
 import { native } from './native.js';
-import { expectStart } from './plan.js';
+import { expectDevice, expectStart, isCuda } from './plan.js';
 import type { RopeConfig } from './rope-config.js';
 
 /** Frequencies of a rotary embedding; made by `ropeInit`. */
@@ -138,11 +138,11 @@ function yarn(config: RopeConfig, invFreq: Float64Array, max: number): number {
 }
 
 export interface RopeArgs {
-  /** f32 [n, heads, headDim], in place; rows may be strided. */
+  /** f32 (on a GPU also bf16) [n, heads, headDim], in place; rows may be strided. */
   x: Tensor;
   /** Index of the first token in the packed sequence. */
   start: number;
-  /** i32 [n] or null (one document from 0): position = start + i - docStart[i]. */
+  /** i32 [n] or null (one document from 0): position = start + i - docStart[i]. On x's device. */
   docStart?: Tensor | null;
   rope: RopeTable;
   /** Carries the stream on CUDA; the CPU takes nothing from it. */
@@ -152,7 +152,9 @@ export interface RopeArgs {
 function apply(op: string, args: RopeArgs, transpose: boolean): void {
   const { x, start, rope } = args;
   const [tokens, , headDim] = x.shape as [number, number, number];
-  if (x.dtype !== 'f32') throw new LcTypeError('ERR_LC_DTYPE', `${op}: x must be f32 on the CPU, got ${x}`);
+  const cuda = isCuda(x);
+  if (x.dtype !== 'f32' && !(cuda && x.dtype === 'bf16'))
+    throw new LcTypeError('ERR_LC_DTYPE', `${op}: x must be f32 on the CPU, bf16 or f32 on a GPU, got ${x}`);
   if (x.shape.length !== 3 || rope.rotaryDim > headDim) {
     throw new LcTypeError(
       'ERR_LC_SHAPE',
@@ -162,8 +164,17 @@ function apply(op: string, args: RopeArgs, transpose: boolean): void {
   if (!Number.isFinite(rope.attentionFactor))
     throw new LcTypeError('ERR_LC_ARGUMENT', `${op}: rope.attentionFactor must be finite, got ${rope.attentionFactor}`);
   expectStart(op, start, tokens);
+  expectDevice(op, 'docStart', args.docStart, x);
   if (tokens === 0) return;
-  native().rope({ x, start, docStart: args.docStart ?? null, invFreq: rope.invFreq, factor: rope.attentionFactor, transpose });
+  native().rope({
+    x,
+    start,
+    docStart: args.docStart ?? null,
+    invFreq: rope.invFreq,
+    factor: rope.attentionFactor,
+    transpose,
+    ...(args.ws ? { stream: args.ws.stream } : {}),
+  });
 }
 
 /**

@@ -1,0 +1,171 @@
+/* What the attention kernels share: copies into swizzled tiles, tensor-core fragments, and which keys a row of a tile sees.
+ *
+ * The queries of the `group` heads that read one K/V head are worked on as one matrix of n * group rows, row = query * group + head: a tile then spans few
+ * queries, so that windows, documents and the diagonal cut little of it, and neighbouring rows are neighbours in memory. */
+#ifndef LC_ATTENTION_TILES_CUH
+#define LC_ATTENTION_TILES_CUH
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda_kernels.h"
+
+namespace attention::cuda {
+
+using bf16 = __nv_bfloat16;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.69314718055994531f;
+
+__device__ __forceinline__ uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+/* 16 bytes; zeros unless `valid`. */
+__device__ __forceinline__ void cp_async(uint32_t dst, const void* src, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory"); }
+
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+/* Rows of HD bf16 in shared memory; chunks of 16 bytes are permuted within a row so that neither ldmatrix nor cp.async meets bank conflicts. */
+template <int HD>
+struct Rows {
+  static constexpr int CHUNKS = HD / 8, BYTES = HD * 2;
+  static __device__ __forceinline__ int key(int row) { return HD % 64 == 0 ? row & 7 : (row >> 1) & 3; }
+  static __device__ __forceinline__ uint32_t at(int row, int chunk) { return static_cast<uint32_t>(row * BYTES + ((chunk ^ key(row)) << 4)); }
+};
+
+/* ldmatrix addresses of one lane. `row`: the lane's row, `chunk` its chunk within the first 16 columns; other 16-row and 16-column steps by get(). */
+template <int HD>
+struct Fragment {
+  uint32_t row_at, column;
+  __device__ __forceinline__ Fragment(int row, int chunk) : row_at(row * Rows<HD>::BYTES), column((chunk ^ Rows<HD>::key(row)) << 4) {}
+  /* The 16 x 16 at rows 16 i, columns 16 j. */
+  __device__ __forceinline__ uint32_t get(uint32_t base, int i, int j) const { return base + row_at + (column ^ (j << 5)) + i * 16 * Rows<HD>::BYTES; }
+};
+/* a: row-major m x k. b: k contiguous per n. t: stored as rows of k with n contiguous, read transposed. */
+template <int HD>
+__device__ __forceinline__ Fragment<HD> a_fragment(int row0) { const int l = threadIdx.x % 32; return {row0 + (l & 15), l >> 4}; }
+template <int HD>
+__device__ __forceinline__ Fragment<HD> b_fragment() { const int l = threadIdx.x % 32; return {(l & 7) + (l >> 4) * 8, (l >> 3) & 1}; }
+template <int HD>
+__device__ __forceinline__ Fragment<HD> t_fragment() { const int l = threadIdx.x % 32; return {l & 15, l >> 4}; }
+
+/* Copies ROWS rows into a tile; `source(row)` gives a row's address and null for a row of zeros. */
+template <int HD, int ROWS, int THREADS, class F>
+__device__ __forceinline__ void load_tile(uint32_t tile, int dim, const void* any, F&& source) {
+  constexpr int CHUNKS = Rows<HD>::CHUNKS, TOTAL = ROWS * CHUNKS;
+#pragma unroll
+  for (int x0 = 0; x0 < TOTAL; x0 += THREADS) {
+    const int x = x0 + threadIdx.x;
+    if (TOTAL % THREADS != 0 && x >= TOTAL) break;
+    const int row = x / CHUNKS, chunk = x % CHUNKS;
+    const bf16* from = source(row);
+    const bool valid = from != nullptr && chunk * 8 < dim;
+    cp_async(tile + Rows<HD>::at(row, chunk), valid ? from + chunk * 8 : any, valid);
+  }
+}
+
+/* The query of a row: row / group. */
+__device__ __forceinline__ int query_of(const Problem& p, int row) {
+  return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(row)) * p.group_magic >> p.group_shift);
+}
+
+/* Copies tiles of BN keys of one K/V head; rows outside begin .. end become zeros. Addresses move along with the tiles where the shapes allow it. */
+template <int HD, int BN, int THREADS>
+struct KeyTiles {
+  static constexpr int CHUNKS = Rows<HD>::CHUNKS, STEP = THREADS / CHUNKS;
+  static constexpr bool REGULAR = THREADS % CHUNKS == 0 && STEP % 8 == 0 && BN % STEP == 0;
+  const bf16* head; /* key 0 of this head */
+  int64_t stride;
+  uint32_t to;
+  bool exists;
+  __device__ __forceinline__ KeyTiles(const void* x, int64_t stride_, int kv_head, int dim)
+      : head(static_cast<const bf16*>(x) + static_cast<int64_t>(kv_head) * dim), stride(stride_), to(0), exists(true) {
+    if constexpr (REGULAR) {
+      const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+      to = Rows<HD>::at(row, chunk);
+      exists = chunk * 8 < dim;
+      if (exists) head += row * stride + chunk * 8;
+    }
+  }
+  __device__ __forceinline__ void load(uint32_t tile, int key0, int begin, int end, int dim, const void* any) const {
+    if constexpr (REGULAR) {
+      const bool whole = exists && key0 >= begin && key0 + BN <= end;
+      const bf16* from = head + key0 * stride;
+      const int row = key0 + static_cast<int>(threadIdx.x) / CHUNKS;
+#pragma unroll
+      for (int i = 0; i < BN / STEP; i++) {
+        const bool valid = whole || (exists && row + i * STEP >= begin && row + i * STEP < end);
+        cp_async(tile + to + i * STEP * Rows<HD>::BYTES, valid ? from : any, valid);
+        from += STEP * stride;
+      }
+    } else {
+      load_tile<HD, BN, THREADS>(tile, dim, any, [&](int r) -> const bf16* { return key0 + r >= begin && key0 + r < end ? head + (key0 + r) * stride : nullptr; });
+    }
+  }
+};
+
+/* First key that query i sees; does not decrease with i. */
+__device__ __forceinline__ int first_key(const Problem& p, int i) {
+  int low = p.doc_start ? max(0, p.doc_start[i]) : 0;  // the host has not looked at device memory
+  if (p.window > 0) low = max(low, p.start + i - p.window + 1);
+  return low;
+}
+
+/* Four lanes hold two neighbouring columns of each of four 8-column blocks; afterwards lane l holds all eight columns of block l. */
+__device__ __forceinline__ void transpose_quad(uint32_t (&r)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  const uint32_t s0 = __shfl_xor_sync(~0u, odd ? r[0] : r[1], 1), s1 = __shfl_xor_sync(~0u, odd ? r[2] : r[3], 1);
+  (odd ? r[0] : r[1]) = s0;
+  (odd ? r[2] : r[3]) = s1;
+  const uint32_t t0 = __shfl_xor_sync(~0u, high ? r[0] : r[2], 2), t1 = __shfl_xor_sync(~0u, high ? r[1] : r[3], 2);
+  (high ? r[0] : r[2]) = t0;
+  (high ? r[1] : r[3]) = t1;
+}
+
+/* Writes half `h` (rows lane / 4 + 8 h) of a 16 x HD accumulator, times `factor`, as bf16 into a row of memory; `to` null: this row does not exist. */
+template <int HD>
+__device__ __forceinline__ void store_row(bf16* to, const float (&acc)[HD / 8][4], int h, float factor, int dim) {
+#pragma unroll
+  for (int j = 0; j < HD / 8; j += 4) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) packed[i] = pack(acc[j + i][h * 2] * factor, acc[j + i][h * 2 + 1] * factor);
+    transpose_quad(packed);
+    const int column = (j + static_cast<int>(threadIdx.x & 3)) * 8;
+    if (to != nullptr && column < dim) *reinterpret_cast<uint4*>(to + column) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  }
+}
+
+/* Lets a kernel use `bytes` of shared memory, once per device. */
+int allow_shared_memory(const void* kernel, int bytes);
+
+template <class K, class P>
+int launch(K* kernel, int64_t blocks, int threads, int bytes, const P& p, void* stream) {
+  if (blocks == 0) return 0;
+  if (const int error = allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes)) return error;
+  kernel<<<static_cast<unsigned>(blocks), threads, bytes, static_cast<cudaStream_t>(stream)>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace attention::cuda
+#endif

@@ -1,0 +1,353 @@
+/**
+ * @lc/attention on a GPU against its f64 reference, on inputs that bf16 holds exactly. Allowed: twice the error of the plain bf16 computation, here its
+ * strictest form: everything exact except that P and dS (operands of tensor cores), O and dQ are rounded to bf16.
+ */
+import { attentionBackward, attentionForward, type RopeTable, reference, ropeBackward, ropeForward, ropeInit } from '@lc/attention';
+import { copy, type DType, empty, fill, fromTypedArray, Scope, type Tensor, Workspace, zeros } from '@lc/tensor';
+import { assert, test } from './harness.js';
+import { random } from './random.js';
+
+const bits = new Float32Array(1);
+const word = new Uint32Array(bits.buffer);
+/** To bf16 and back, ties to even. */
+function round(x: number): number {
+  bits[0] = x;
+  const u = word[0] as number;
+  word[0] = (u + 0x7fff + ((u >>> 16) & 1)) & 0xffff0000;
+  return bits[0] as number;
+}
+const lowRandom = (n: number, seed: number, scale = 1): Float32Array => random(n, seed).map((x) => round(x * scale));
+
+interface Case {
+  n: number;
+  heads: number;
+  kvHeads: number;
+  headDim: number;
+  start?: number;
+  window?: number;
+  sinks?: boolean;
+  documents?: number[];
+  scale?: number;
+  spread?: number;
+}
+type Problem = Parameters<typeof reference.backward>[0] & { keys: number };
+
+function makeProblem(c: Case): Problem {
+  const { n, heads, kvHeads, headDim, start = 0 } = c;
+  const keys = start + n + 3;
+  return {
+    ...{ n, heads, kvHeads, headDim, start, keys },
+    q: lowRandom(n * heads * headDim, 1, c.spread ?? 1),
+    k: lowRandom(keys * kvHeads * headDim, 2),
+    v: lowRandom(keys * kvHeads * headDim, 3),
+    dout: lowRandom(n * heads * headDim, 4),
+    window: c.window ?? null,
+    sinks: c.sinks ? random(heads, 5).map((x) => x * 2) : null,
+    docStart: c.documents
+      ? Int32Array.from({ length: n }, (_, i) =>
+          (c.documents as number[]).reduce((found, first) => (first <= start + i ? first : found), 0),
+        )
+      : null,
+    ...(c.scale === undefined ? {} : { scale: c.scale }),
+  };
+}
+
+type Results = Record<'out' | 'lse' | 'dq' | 'dk' | 'dv' | 'dSinks', Float32Array | Float64Array>;
+/** `sinkError`: expected error of dSinks, root mean square over the heads. */
+type Plain = Results & { sinkError: number };
+
+/** The reference's loops with bf16 rounding of P, dS, O and dQ. */
+function plainBf16(p: Problem): Plain {
+  const { n, heads, kvHeads, headDim: d, start } = p;
+  const scale = p.scale ?? 1 / Math.sqrt(d);
+  const group = heads / kvHeads;
+  const { lse } = reference.forward(p);
+  const out = new Float64Array(n * heads * d);
+  const dq = new Float64Array(n * heads * d);
+  const dk = new Float64Array(p.k.length);
+  const dv = new Float64Array(p.v.length);
+  const dSinks = new Float64Array(heads);
+  let sinkVariance = 0;
+  const at = (x: ArrayLike<number>, i: number): number => x[i] as number;
+  for (let i = 0; i < n; i++) {
+    for (let h = 0; h < heads; h++) {
+      const row = (i * heads + h) * d;
+      const low = Math.max(p.docStart ? at(p.docStart, i) : 0, p.window ? start + i - p.window + 1 : 0);
+      const probs: number[] = [];
+      const o = new Float64Array(d);
+      for (let j = low; j <= start + i; j++) {
+        const key = (j * kvHeads + Math.floor(h / group)) * d;
+        let s = 0;
+        for (let x = 0; x < d; x++) s += at(p.q, row + x) * at(p.k, key + x);
+        const prob = Math.exp(s * scale - at(lse, i * heads + h));
+        probs.push(prob);
+        const rounded = round(prob);
+        for (let x = 0; x < d; x++) o[x] = at(o, x) + rounded * at(p.v, key + x);
+      }
+      let delta = 0;
+      let variance = 0;
+      for (let x = 0; x < d; x++) {
+        out[row + x] = round(at(o, x));
+        variance += (at(o, x) * at(p.dout, row + x) * 2 ** -9) ** 2;
+        delta += at(out, row + x) * at(p.dout, row + x);
+      }
+      const g = new Float64Array(d);
+      for (let j = low; j <= start + i; j++) {
+        const key = (j * kvHeads + Math.floor(h / group)) * d;
+        let dp = 0;
+        for (let x = 0; x < d; x++) dp += at(p.dout, row + x) * at(p.v, key + x);
+        const prob = probs[j - low] as number;
+        const ds = round(prob * (dp - delta));
+        const rounded = round(prob);
+        for (let x = 0; x < d; x++) {
+          dv[key + x] = at(dv, key + x) + rounded * at(p.dout, row + x);
+          dk[key + x] = at(dk, key + x) + ds * at(p.q, row + x) * scale;
+          g[x] = at(g, x) + ds * at(p.k, key + x);
+        }
+      }
+      for (let x = 0; x < d; x++) dq[row + x] = round(at(g, x) * scale);
+      if (p.sinks) {
+        const share = Math.exp(at(p.sinks, h) - at(lse, i * heads + h));
+        dSinks[h] = at(dSinks, h) - share * delta;
+        sinkVariance += share * share * variance;
+      }
+    }
+  }
+  return { out, lse, dq, dk, dv, dSinks, sinkError: Math.sqrt(sinkVariance / heads) };
+}
+
+function onGpu(scope: Scope, data: ArrayLike<number>, shape: number[], dtype: DType): Tensor {
+  using source = dtype === 'i32' ? fromTypedArray(Int32Array.from(data), shape) : fromTypedArray(Float32Array.from(data), shape);
+  const out = scope.own(empty(shape, { dtype, device: 'cuda' }));
+  if (dtype === 'bf16') {
+    using low = empty(shape, { dtype });
+    copy(low, source);
+    copy(out, low);
+  } else copy(out, source);
+  return out;
+}
+async function values(t: Tensor): Promise<Float32Array> {
+  if (t.dtype === 'f32') return (await t.read()) as Float32Array;
+  using wide = empty(t.shape, { device: t.device });
+  copy(wide, t);
+  return (await wide.read()) as Float32Array;
+}
+
+/** Forward over chunks left to right, backward right to left; dk and dv begin as ones. */
+async function run(p: Problem, chunks = [p.n]): Promise<Results> {
+  using scope = new Scope();
+  using ws = new Workspace({ device: 'cuda' });
+  const rows = [p.n, p.heads, p.headDim];
+  const kv = [p.keys, p.kvHeads, p.headDim];
+  const bf16 = (x: ArrayLike<number>, shape: number[]): Tensor => onGpu(scope, x, shape, 'bf16');
+  const [q, k, v, dout] = [bf16(p.q, rows), bf16(p.k, kv), bf16(p.v, kv), bf16(p.dout, rows)];
+  const sinks = p.sinks ? onGpu(scope, p.sinks, [p.heads], 'f32') : null;
+  const docs = p.docStart ? onGpu(scope, p.docStart, [p.n], 'i32') : null;
+  const out = scope.own(empty(rows, { dtype: 'bf16', device: 'cuda' }));
+  const dq = scope.own(empty(rows, { dtype: 'bf16', device: 'cuda' }));
+  const lse = scope.own(empty([p.n, p.heads], { device: 'cuda' }));
+  const [dk, dv] = [scope.own(empty(kv, { device: 'cuda' })), scope.own(empty(kv, { device: 'cuda' }))];
+  const dSinks = scope.own(zeros([p.heads], { device: 'cuda' }));
+  for (const t of [out, dq, lse]) fill(t, Number.NaN);
+  for (const t of [dk, dv]) fill(t, 1);
+  const spans: [number, number][] = [];
+  for (let at = 0, i = 0; at < p.n; i++) {
+    const count = Math.min(chunks[i % chunks.length] as number, p.n - at);
+    spans.push([at, count]);
+    at += count;
+  }
+  const span = ([at, count]: [number, number]) => ({
+    ...{ q: q.rows(at, count), k, v, out: out.rows(at, count), lse: lse.rows(at, count), start: p.start + at },
+    ...{ window: p.window ?? null, sinks, docStart: docs?.rows(at, count) ?? null, ws },
+    ...(p.scale === undefined ? {} : { scale: p.scale }),
+  });
+  for (const s of spans) attentionForward(span(s));
+  for (const s of spans.reverse())
+    attentionBackward({ ...span(s), dout: dout.rows(...s), dq: dq.rows(...s), dk, dv, dSinks: sinks ? dSinks : null });
+  const minusOne = (x: Float32Array): Float32Array => x.map((y) => y - 1);
+  return {
+    ...{ out: await values(out), lse: await values(lse), dq: await values(dq) },
+    ...{ dk: minusOne(await values(dk)), dv: minusOne(await values(dv)), dSinks: await values(dSinks) },
+  };
+}
+
+function distance(a: ArrayLike<number>, b: ArrayLike<number>): number {
+  let sum = 0;
+  for (let i = 0; i < b.length; i++) sum += ((a[i] as number) - (b[i] as number)) ** 2;
+  return Math.sqrt(sum / Math.max(1, b.length));
+}
+const norm = (a: ArrayLike<number>): number => distance(a, new Float64Array(a.length));
+
+let worst = { ratio: 0, where: '' };
+/** f32 sums in another order (and dk, dv that begin at 1) are off by some 1e-6 of what they add. */
+function check(name: string, p: Problem, got: Results): void {
+  const want: Results = { ...reference.forward(p), ...reference.backward(p) } as Results;
+  const plain = plainBf16(p);
+  for (const key of Object.keys(want) as (keyof Results)[]) {
+    if (key === 'dSinks' && !p.sinks) continue;
+    const error = distance(got[key], want[key]);
+    const floor = (key === 'lse' ? 2e-6 : 1e-5) * Math.max(1, norm(want[key]));
+    // A few heads' dSinks are too few numbers to compare one computation's luck with another's: the expected error, O's roundings being independent.
+    const allowed = 2 * (key === 'dSinks' ? plain.sinkError : distance(plain[key], want[key])) + floor;
+    if (error / allowed > worst.ratio) worst = { ratio: error / allowed, where: `${name}: ${key}` };
+    assert(error <= allowed, `${name}: ${key} is off by ${error.toExponential(2)}, allowed ${allowed.toExponential(2)}`);
+  }
+}
+
+const cases: [string, Case][] = [];
+for (const headDim of [32, 64, 96, 128]) {
+  for (const n of [1, 7, 131]) cases.push([`${n} tokens, 4/2 heads x ${headDim}`, { n, heads: 4, kvHeads: 2, headDim }]);
+  cases.push([`300 tokens, 1 head x ${headDim}`, { n: 300, heads: 1, kvHeads: 1, headDim }]);
+  cases.push(
+    [`131 tokens after 190, sinks, 8/1 heads x ${headDim}`, { n: 131, heads: 8, kvHeads: 1, headDim, start: 190, sinks: true }],
+    [
+      `window 11, documents, sinks, x ${headDim}`,
+      { n: 131, heads: 4, kvHeads: 2, headDim, start: 201, window: 11, documents: [0, 150, 201, 202, 240, 241, 300], sinks: true },
+    ],
+    [`scores beyond 80, x ${headDim}`, { n: 131, heads: 2, kvHeads: 1, headDim, spread: 25, sinks: true }],
+  );
+}
+for (const window of [1, 128, 1000]) {
+  cases.push([`window ${window}`, { n: 160, heads: 8, kvHeads: 1, headDim: 64, window, sinks: true, start: 70 }]);
+  cases.push([`window ${window}, no groups`, { n: 300, heads: 2, kvHeads: 2, headDim: 64, window, documents: [0, 100, 257] }]);
+}
+cases.push(
+  ['several documents', { n: 300, heads: 3, kvHeads: 1, headDim: 64, documents: [0, 1, 2, 64, 65, 130, 199], sinks: true }],
+  ['documents in the prefix', { n: 130, heads: 7, kvHeads: 1, headDim: 128, start: 300, documents: [0, 37, 301, 364] }],
+  ['every token its own document', { n: 70, heads: 2, kvHeads: 1, headDim: 64, documents: Array.from({ length: 70 }, (_, i) => i) }],
+  ['one token after 1,000', { n: 1, heads: 16, kvHeads: 2, headDim: 64, start: 1000, sinks: true }],
+  ['71 heads on one K/V head', { n: 9, heads: 71, kvHeads: 1, headDim: 32, start: 70, sinks: true }],
+  ['head dim 80', { n: 77, heads: 4, kvHeads: 2, headDim: 80, sinks: true }],
+  ['head dim 8', { n: 77, heads: 4, kvHeads: 2, headDim: 8, start: 33 }],
+  ['scale 0', { n: 140, heads: 2, kvHeads: 2, headDim: 64, scale: 0 }],
+  ['negative scale', { n: 140, heads: 2, kvHeads: 2, headDim: 64, scale: -0.3, sinks: true }],
+);
+
+test('attention: forward and backward against f64, twice the plain bf16 error; the same bits again', async () => {
+  const failures: string[] = [];
+  for (const [name, c] of cases) {
+    const p = makeProblem(c);
+    const got = await run(p);
+    try {
+      check(name, p, got);
+      const again = await run(p);
+      for (const key of Object.keys(got) as (keyof Results)[])
+        assert(
+          got[key].every((x, i) => Object.is(x, again[key][i])),
+          `${name}: ${key} has other bits the second time`,
+        );
+    } catch (error) {
+      failures.push((error as Error).message);
+    }
+  }
+  console.log(`     ${cases.length} cases; largest error over allowed: ${worst.ratio.toFixed(2)} (${worst.where})`);
+  assert(failures.length === 0, failures.join('\n'));
+});
+
+test('attention: chunks', async () => {
+  const p = makeProblem({ n: 400, heads: 8, kvHeads: 2, headDim: 64, window: 90, documents: [0, 111, 112, 250], sinks: true });
+  check('chunks', p, await run(p, [1, 7, 131]));
+  const q = makeProblem({ n: 600, heads: 4, kvHeads: 2, headDim: 64, sinks: true });
+  check('long chunks', q, await run(q, [256]));
+});
+
+test('attention: NaN comes out as NaN in its own row; a sink of minus infinity is none', async () => {
+  const p = makeProblem({ n: 70, heads: 1, kvHeads: 1, headDim: 64 });
+  (p.q as Float32Array)[5 * 64 + 3] = Number.NaN;
+  const { out } = await run(p);
+  for (let i = 0; i < 70; i++) assert(Number.isNaN(out[i * 64]) === (i === 5), `row ${i}`);
+  const a = makeProblem({ n: 70, heads: 2, kvHeads: 1, headDim: 64 });
+  const b: Problem = { ...a, sinks: [Number.NEGATIVE_INFINITY, Number.NEGATIVE_INFINITY] };
+  const [none, minus] = [await run(a), await run(b)];
+  for (const key of ['out', 'lse', 'dq', 'dk', 'dv', 'dSinks'] as const)
+    assert(
+      none[key].every((x, i) => x === minus[key][i]),
+      key,
+    );
+});
+
+test('attention: keys and queries beyond 2^31 elements', async () => {
+  using scope = new Scope();
+  using ws = new Workspace({ device: 'cuda' });
+  const [heads, kvHeads, d, n] = [8, 8, 64, 70];
+  const make = (shape: number[], dtype: DType): Tensor => scope.own(empty(shape, { dtype, device: 'cuda' }));
+  const small = 128;
+  const far = 4_300_800 + small; // a multiple of every tile further on: the same sums in the same order
+  const bf16 = (x: ArrayLike<number>, shape: number[]): Tensor => onGpu(scope, x, shape, 'bf16');
+  const tail = [small + n, kvHeads, d];
+  const [k, v] = [bf16(lowRandom((tail[0] as number) * kvHeads * d, 6), tail), bf16(lowRandom((tail[0] as number) * kvHeads * d, 7), tail)];
+  const [q, dout] = [bf16(lowRandom(n * heads * d, 8), [n, heads, d]), bf16(lowRandom(n * heads * d, 9), [n, heads, d])];
+  const results: Float32Array[][] = [];
+  for (const start of [small, far]) {
+    const shape = [start + n, kvHeads, d];
+    const [kk, vv, dk, dv] = [make(shape, 'bf16'), make(shape, 'bf16'), make(shape, 'f32'), make(shape, 'f32')];
+    const last = (t: Tensor): Tensor => t.rows(start - small, small + n);
+    copy(last(kk), k);
+    copy(last(vv), v);
+    for (const t of [dk, dv]) fill(last(t), 0);
+    const [out, dq, lse] = [make([n, heads, d], 'bf16'), make([n, heads, d], 'bf16'), make([n, heads], 'f32')];
+    const common = { q, k: kk, v: vv, out, lse, start, window: 100, ws };
+    attentionForward(common);
+    attentionBackward({ ...common, dout, dq, dk, dv });
+    results.push([await values(out), await values(lse), await values(dq), await values(last(dk)), await values(last(dv))]);
+    for (const t of [kk, vv, dk, dv]) t.dispose();
+  }
+  const [near, there] = results as [Float32Array[], Float32Array[]];
+  near.forEach((x, i) => {
+    assert(
+      x.every((y, j) => Object.is(y, there[i]?.[j])),
+      `result ${i} differs at start ${far}`,
+    );
+  });
+
+  const tokens = 540_000; // x 64 heads x 64: window 1 makes out = v
+  const big = make([tokens, 64, d], 'bf16');
+  fill(big, 0);
+  const one = make([tokens, 1, d], 'bf16');
+  fill(one, 0.5);
+  copy(one.rows(tokens - 3, 3), bf16(lowRandom(3 * d, 10), [3, 1, d]));
+  attentionForward({ q: big, k: one, v: one, out: big, lse: make([tokens, 64], 'f32'), start: 0, window: 1, ws });
+  const want = await values(one.rows(tokens - 3, 3));
+  const got = await values(big.rows(tokens - 3, 3));
+  for (let i = 0; i < got.length; i++)
+    assert(got[i] === want[Math.floor(i / (64 * d)) * d + (i % d)], `element ${i} of the last rows: ${got[i]}`);
+});
+
+test('RoPE: rows at any position, partial, both directions', async () => {
+  const tables: [RopeTable, number][] = [
+    [ropeInit({ ropeType: 'default', ropeTheta: 10000 }, { headDim: 64, maxPositionEmbeddings: 4096 }), 64],
+    [ropeInit({ ropeType: 'default', ropeTheta: 10000, partialRotaryFactor: 0.25 }, { headDim: 96, maxPositionEmbeddings: 4096 }), 96],
+    [
+      ropeInit(
+        { ropeType: 'yarn', ropeTheta: 150000, factor: 32, originalMaxPositionEmbeddings: 4096, truncate: false },
+        { headDim: 64, maxPositionEmbeddings: 131072 },
+      ),
+      64,
+    ],
+    [ropeInit({ ropeType: 'default', ropeTheta: 10000, partialRotaryFactor: 0.5 }, { headDim: 20, maxPositionEmbeddings: 4096 }), 20],
+  ];
+  for (const [rope, headDim] of tables)
+    for (const start of [0, 1_000_003, 16_000_000])
+      for (const dtype of ['bf16', 'f32'] as const)
+        for (const docs of [null, Int32Array.from({ length: 37 }, (_, i) => start + (i < 11 ? -Math.min(start, 7) : 11))]) {
+          using scope = new Scope();
+          const [n, heads] = [37, 3];
+          const x = lowRandom(n * heads * headDim, 11);
+          const docStart = docs ? onGpu(scope, docs, [n], 'i32') : null;
+          const p = { x, n, heads, headDim, start, docStart: docs, rope };
+          for (const [op, want] of [
+            [ropeForward, reference.ropeForward(p)],
+            [ropeBackward, reference.ropeBackward(p)],
+          ] as const) {
+            const t = onGpu(scope, x, [n, heads, headDim], dtype);
+            op({ x: t, start, docStart, rope });
+            const got = await values(t);
+            for (let i = 0; i < want.length; i++) {
+              const w = want[i] as number;
+              // One rounding; f32: of sums of two products. Twice 2^-9 where the result is near a tie is not needed: the f32 error moves it by one ulp at most.
+              const allowed = dtype === 'bf16' ? Math.abs(w) * 2 ** -8 + 1e-6 : 3e-6;
+              assert(Math.abs((got[i] as number) - w) <= allowed, `${dtype}, start ${start}: element ${i} is ${got[i]}, expected ${w}`);
+            }
+          }
+        }
+});
