@@ -1,4 +1,17 @@
-import { copy, fill, fromTypedArray, gemm, LcError, LcTypeError, sumRows, type Tensor, upload, type Workspace } from '@lc/tensor';
+import {
+  copy,
+  type DType,
+  dtypeBytes,
+  fill,
+  fromTypedArray,
+  gemm,
+  LcError,
+  LcTypeError,
+  sumRows,
+  type Tensor,
+  upload,
+  type Workspace,
+} from '@lc/tensor';
 import { checkArguments, supervisedRows } from './check.js';
 import { native } from './native.js';
 import { type ChunkSize, type CrossEntropyOptions, checkOptions, chunkRows } from './plan.js';
@@ -188,29 +201,46 @@ interface Scratch {
   rowWeight: Tensor | null;
 }
 
-/** All scratch of a call. Nothing is computed before it is taken, so under 'auto' a workspace that is too small only means smaller chunks. */
+/**
+ * All scratch of a call, in one piece, so that a growing workspace takes no more than that. Nothing is computed before it is taken: under 'auto' a
+ * workspace that is too small only means smaller chunks.
+ */
 function takeScratch(
   ws: Workspace,
   wanted: number,
   { vocab, width, gradient, weighted }: { vocab: number; width: number; gradient: boolean; weighted: boolean },
   chunk: ChunkSize,
 ): Scratch {
-  const mark = ws.mark();
   for (let rows = wanted; ; rows = Math.ceil(rows / 2)) {
+    const parts: [number[], DType][] = [
+      [[rows, vocab], 'f32'],
+      [[rows, width], ws.dtype],
+      [[gradient ? rows : 0, width], ws.dtype],
+      [[rows], 'i32'],
+      [[rows], 'i32'],
+      [[rows], 'f32'],
+      [[weighted ? rows : 0], 'f32'],
+    ];
+    const sizes = parts.map(([shape, dtype]) => Math.ceil((shape.reduce((a, b) => a * b, 1) * dtypeBytes[dtype]) / 256) * 256);
+    let block: Tensor;
     try {
-      return {
-        chunkSize: rows,
-        logits: ws.alloc([rows, vocab], 'f32'),
-        gathered: ws.alloc([rows, width]),
-        dGathered: gradient ? ws.alloc([rows, width]) : null,
-        index: ws.alloc([rows], 'i32'),
-        target: ws.alloc([rows], 'i32'),
-        rowLoss: ws.alloc([rows], 'f32'),
-        rowWeight: weighted ? ws.alloc([rows], 'f32') : null,
-      };
+      const total = sizes.reduce((a, b) => a + b, 0);
+      block = ws.alloc([total], 'u8');
     } catch (error) {
-      if (chunk !== 'auto' || rows === 1 || !(error instanceof LcError) || error.code !== 'ERR_LC_OUT_OF_MEMORY') throw error;
-      ws.reset(mark);
+      if (chunk === 'auto' && rows > 1 && error instanceof LcError && error.code === 'ERR_LC_OUT_OF_MEMORY') continue;
+      throw error;
     }
+    let offset = 0;
+    const [logits, gathered, dGathered, index, target, rowLoss, rowWeight] = parts.map(([shape, dtype], i) => {
+      const size = shape.reduce((a, b) => a * b, 1) * dtypeBytes[dtype];
+      const part = block.slice(0, offset, size).reinterpret(dtype, shape);
+      offset += sizes[i] as number;
+      return part;
+    }) as [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor];
+    return {
+      ...{ chunkSize: rows, logits, gathered, index, target, rowLoss },
+      dGathered: gradient ? dGathered : null,
+      rowWeight: weighted ? rowWeight : null,
+    };
   }
 }

@@ -39,6 +39,14 @@ describe('memory', () => {
     expect(fixed.usedBytes).toBe(0);
   });
 
+  it('a budget in bytes is kept by a workspace that grows', () => {
+    const { hidden, run } = tensors(problem(100, 8, 40_000, {}, 0));
+    using growing = new Workspace();
+    const { chunkRows: rows } = run({ chunk: { bytes: 3e6 }, dHidden: hidden, ws: growing });
+    expect(rows).toBe(18);
+    expect(growing.capacity).toBeLessThan(3e6 + 8 * 256);
+  });
+
   it("'auto' takes smaller chunks where the workspace is fixed and small, with the same result", () => {
     const { run } = tensors(problem(100, 8, 1000, {}));
     using small = new Workspace({ bytes: 12 * bytesPerRow(1000, 8), fixed: true });

@@ -1,4 +1,6 @@
 /** `@lc/vram-probe`: what the machine has, and the plan that fits it. */
-export { type Plan, type PlanOptions, plan } from './plan.js';
+export { plan } from './plan.js';
 export { type Probe, probe } from './probe.js';
+export { cpuCount, type RamInfo, ramInfo } from './ram.js';
 export { type ModelShape, modelShapeFromConfig } from './shape.js';
+export type { LoraShape, Plan, PlanOptions } from './types.js';

@@ -3,63 +3,10 @@ import { attentionWorkspaceBytes } from '@lc/attention';
 import { bytesPerRow } from '@lc/chunked-ce';
 import { planStore } from '@lc/offload-ckpt';
 import { LcTypeError, memInfo } from '@lc/tensor';
-import type { ModelShape } from './shape.js';
-
-export interface PlanOptions {
-  model: ModelShape;
-  /** Sequence length. */
-  tokens: number;
-  /** Default 'cpu'. */
-  device?: 'cpu' | 'cuda';
-  /** Bytes of device memory; default 90% of what is free now. On the CPU, device and host memory are both RAM. */
-  vramBudget?: number;
-  /** Bytes of host memory; default 90% of what is free now. */
-  ramBudget?: number;
-  /** Trained elements. Default: LoRA of rank 16 on q, k, v, o. */
-  trainableParameters?: number;
-  /** Bytes of the base weights. Default: 4 bits for linears and experts, the activations' dtype for embedding and head. 0 when they are loaded already. */
-  weightBytes?: number;
-  optimBits?: 8 | 32;
-  layersPerSegment?: number;
-  /** Fix a size instead of choosing it. */
-  chunk?: number;
-  tile?: number;
-  lossChunk?: number;
-  checkpointDeviceBytes?: number;
-}
-
-export interface Plan {
-  tokens: number;
-  /** Tokens per chunk of the layers x chunks schedule, per MLP tile, and rows of logits alive at once. */
-  chunk: number;
-  tile: number;
-  lossChunk: number;
-  checkpoints: { deviceBytes: number; hostBytes: number };
-  /** Every part, in bytes. `workspace` holds kv, dkv, dequantized weights, and the larger of a chunk's working set and the loss's. */
-  bytes: {
-    weights: number;
-    adapters: number;
-    optimizer: number;
-    sequence: number;
-    dx: number;
-    scratch: number;
-    staging: number;
-    workspace: number;
-    kv: number;
-    dkv: number;
-    dequantized: number;
-    chunkWork: number;
-    lossWork: number;
-  };
-  /** What one more token takes, at fixed chunk, tile, loss chunk and tiers: device without checkpoints; checkpoints wherever they lie. */
-  perToken: { device: number; checkpoints: number };
-  predictedPeak: { device: number; host: number };
-  fits: boolean;
-  /** The longest sequence that fits; 0 when none does. */
-  maxTokens: number;
-  /** Which budget is exceeded, and by what. */
-  reasons: string[];
-}
+import { expertLoraBytes, modelWeights, trainableParameters } from './model-bytes.js';
+import { ramInfo } from './ram.js';
+import { storeBytes } from './store-bytes.js';
+import type { Plan, PlanOptions } from './types.js';
 
 const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;
 const SLACK = 1 << 16; // 256-byte alignment of each workspace allocation
@@ -70,8 +17,10 @@ interface Budgets {
 }
 
 function check(o: PlanOptions): void {
-  for (const name of ['tokens', 'chunk', 'tile', 'lossChunk', 'layersPerSegment'] as const) {
-    const value = o[name];
+  for (const [name, value] of [
+    ...(['tokens', 'chunk', 'tile', 'lossChunk', 'layersPerSegment'] as const).map((key) => [key, o[key]] as const),
+    ['lora.r', o.lora?.r] as const,
+  ]) {
     if (value !== undefined && !(Number.isSafeInteger(value) && value >= 1)) {
       throw new LcTypeError('ERR_LC_ARGUMENT', `plan: ${name} must be a whole number >= 1, got ${String(value)}`);
     }
@@ -85,18 +34,17 @@ function check(o: PlanOptions): void {
 }
 
 /** Bytes of one chunk's forward and backward beyond K, V, dK, dV and weights: the larger of the attention half and the MLP half of backward. */
-function chunkBytes(m: ModelShape, act: number, chunk: number, tile: number, start: number): number {
+function chunkBytes(o: PlanOptions, act: number, tokens: number, chunk: number, tile: number): number {
+  const m = o.model;
   const qWidth = m.numAttentionHeads * m.headDim;
   const kvWidth = m.numKeyValueHeads * m.headDim;
   const rows = Math.min(tile, chunk);
-  const attention = attentionWorkspaceBytes({
-    tokens: chunk,
-    heads: m.numAttentionHeads,
-    kvHeads: m.numKeyValueHeads,
-    headDim: m.headDim,
-    start,
-    window: null,
-  });
+  const shape = {
+    ...{ heads: m.numAttentionHeads, kvHeads: m.numKeyValueHeads, headDim: m.headDim, window: null },
+    ...{ tokens: chunk, start: tokens - chunk }, // the last chunk sees the most keys, and takes the most scratch
+    device: o.device ?? 'cpu',
+  };
+  const attention = attentionWorkspaceBytes(shape);
   // attn, lse, normed, q (and q before its norm) live through both halves.
   const shared = chunk * (act * (3 * qWidth + m.hiddenSize) + 4 * m.numAttentionHeads);
   const routed = m.numExperts > 0 ? rows * m.numExpertsPerTok : rows;
@@ -106,42 +54,47 @@ function chunkBytes(m: ModelShape, act: number, chunk: number, tile: number, sta
     rows * 16 * (m.numExperts + m.numExpertsPerTok);
   const attentionHalf = chunk * act * (2 * qWidth + 3 * kvWidth + m.hiddenSize) + Math.max(attention.forward, attention.backward);
   // Low-rank intermediates and dropout masks of a LoRA beside the widest input.
-  const lora = chunk * act * (Math.max(qWidth, m.hiddenSize) + 256);
-  return shared + Math.max(mlp, attentionHalf) + lora + SLACK;
+  const lora = chunk * (act * Math.max(qWidth, m.hiddenSize) + Math.max(256 * act, 8 * (o.lora?.r ?? 16)));
+  return shared + Math.max(mlp, attentionHalf) + lora + expertLoraBytes(m, o.lora, routed) + SLACK;
 }
 
-function measure(o: PlanOptions, tokens: number, chunk: number, tile: number, lossChunk: number, budgets: Budgets): Plan {
+interface Sizes {
+  tokens: number;
+  chunk: number;
+  tile: number;
+  lossChunk: number;
+}
+
+function measure(o: PlanOptions, { tokens, chunk, tile, lossChunk }: Sizes, budgets: Budgets, quick: boolean): Plan {
   const m = o.model;
-  const act = o.device === 'cuda' ? 2 : 4;
-  const qWidth = m.numAttentionHeads * m.headDim;
+  const activations = o.dtypes?.activations ?? (o.device === 'cuda' ? 'bf16' : 'f32');
+  const act = activations === 'bf16' ? 2 : 4;
   const kvWidth = m.numKeyValueHeads * m.headDim;
-  const attentionWeights = m.hiddenSize * (2 * qWidth + 2 * kvWidth);
-  const mlpWeights = 3 * m.hiddenSize * m.intermediateSize * Math.max(1, m.numExperts);
-  const trainable = o.trainableParameters ?? m.numHiddenLayers * 16 * (2 * m.hiddenSize + 2 * qWidth + 2 * (m.hiddenSize + kvWidth));
-  const embeddings = m.vocabSize * m.hiddenSize * (m.tieWordEmbeddings ? 1 : 2) * act;
+  const trainable = o.trainableParameters ?? trainableParameters(m, o.lora);
+  const weights = modelWeights(m, o.quantization ?? '4bit', act, o.dtypes?.weights ?? activations);
   const kv = 2 * tokens * kvWidth * act;
   const dkv = 2 * tokens * kvWidth * 4;
-  const dequantized = (attentionWeights + mlpWeights) * act;
-  const chunkWork = chunkBytes(m, act, Math.min(chunk, tokens), tile, 0);
+  const { dequantized, experts } = weights;
+  const chunkWork = chunkBytes(o, act, tokens, Math.min(chunk, tokens), tile);
   const lossWork =
     2 * Math.min(chunk, tokens) * m.hiddenSize * act + Math.min(lossChunk, chunk, tokens) * bytesPerRow(m.vocabSize, m.hiddenSize) + SLACK;
   const workspace = Math.max(kv + dkv + dequantized + chunkWork, lossWork);
   const layersPerSegment = o.layersPerSegment ?? 1;
   const store = (deviceBytes: number) =>
-    planStore({
+    (quick ? storeBytes : planStore)({
       layers: m.numHiddenLayers,
       tokens,
       chunk,
       width: m.hiddenSize,
       layersPerSegment,
-      dtype: act === 4 ? 'f32' : 'bf16',
+      dtype: activations,
       deviceBytes,
     });
 
   const fixed = {
-    weights: o.weightBytes ?? embeddings + Math.ceil((attentionWeights + mlpWeights) * m.numHiddenLayers * 0.54),
+    weights: o.weightBytes ?? weights.bytes,
     adapters: trainable * 8,
-    optimizer: trainable * (o.optimBits === 8 ? 2.04 : 8),
+    optimizer: Math.ceil(trainable * (o.optimBits === 8 ? 2.04 : 8)),
     sequence: tokens * 12,
   };
   const sum = fixed.weights + fixed.adapters + fixed.optimizer + fixed.sequence + workspace;
@@ -153,6 +106,7 @@ function measure(o: PlanOptions, tokens: number, chunk: number, tile: number, lo
   const s = store(o.checkpointDeviceBytes ?? Math.min(room, everything.bytes.checkpointsOnDevice));
   const device = sum + s.bytes.device;
   const host = s.bytes.host;
+  const checkpoints = Math.ceil(m.numHiddenLayers / layersPerSegment) * m.hiddenSize * act;
   const reasons: string[] = [];
   if (o.device === 'cuda') {
     if (device > budgets.vram) reasons.push(`VRAM: ${gib(device)} needed, ${gib(budgets.vram)} to be had`);
@@ -165,9 +119,11 @@ function measure(o: PlanOptions, tokens: number, chunk: number, tile: number, lo
     chunk,
     tile,
     lossChunk,
+    segment: layersPerSegment,
     checkpoints: { deviceBytes: s.bytes.checkpointsOnDevice, hostBytes: s.bytes.checkpointsOnHost },
     bytes: {
       ...fixed,
+      gradients: trainable * 4,
       dx: s.bytes.dx,
       scratch: s.bytes.scratch,
       staging: s.bytes.staging,
@@ -175,12 +131,14 @@ function measure(o: PlanOptions, tokens: number, chunk: number, tile: number, lo
       kv,
       dkv,
       dequantized,
+      experts,
       chunkWork,
       lossWork,
     },
     perToken: {
-      device: 2 * kvWidth * (act + 4) + m.hiddenSize * act + 12,
-      checkpoints: Math.ceil(m.numHiddenLayers / layersPerSegment) * m.hiddenSize * act,
+      device: 2 * kvWidth * (act + 4) + Math.min(layersPerSegment, m.numHiddenLayers) * m.hiddenSize * act + 12, // dx and scratch
+      checkpoints,
+      host: o.checkpointDeviceBytes !== undefined || host > 0 ? checkpoints : 0,
     },
     predictedPeak: { device, host },
     fits: reasons.length === 0,
@@ -193,7 +151,8 @@ function measure(o: PlanOptions, tokens: number, chunk: number, tile: number, lo
 const chunkChoices = { cpu: [1024, 512, 256, 128], cuda: [16384, 8192, 4096, 2048, 1024] } as const;
 const LOSS_BYTES = { cpu: 64 << 20, cuda: 1 << 30 } as const;
 
-function best(o: PlanOptions, tokens: number, budgets: Budgets): Plan {
+/** @param quick while searching: the same sizes without a list of every chunk */
+function best(o: PlanOptions, tokens: number, budgets: Budgets, quick: boolean): Plan {
   const device = o.device ?? 'cpu';
   const tile = o.tile ?? 1024;
   const lossChunk =
@@ -201,7 +160,7 @@ function best(o: PlanOptions, tokens: number, budgets: Budgets): Plan {
   const chunks = o.chunk ? [o.chunk] : chunkChoices[device];
   let smallest: Plan | undefined;
   for (const chunk of chunks) {
-    const p = measure(o, tokens, Math.min(chunk, tokens), tile, lossChunk, budgets);
+    const p = measure(o, { tokens, chunk: Math.min(chunk, tokens), tile, lossChunk }, budgets, quick);
     if (p.fits) return p;
     smallest = p;
   }
@@ -217,21 +176,32 @@ function best(o: PlanOptions, tokens: number, budgets: Budgets): Plan {
 export function plan(options: PlanOptions): Plan {
   check(options);
   const budgets: Budgets = {
-    vram: options.vramBudget ?? memInfo(options.device === 'cuda' ? 'cuda' : 'cpu').freeBytes * 0.9,
-    ram: options.ramBudget ?? memInfo('cpu').freeBytes * 0.9,
+    vram: options.vramBudget ?? (options.device === 'cuda' ? memInfo('cuda').freeBytes : freeRam()) * 0.9,
+    ram: options.ramBudget ?? freeRam() * 0.9,
   };
-  const p = best(options, options.tokens, budgets);
+  const p = best(options, options.tokens, budgets, false);
   // Bytes grow with the length, so the longest that fits is found by bisection.
   let low = p.fits ? options.tokens : 0;
   let high = p.fits ? options.tokens * 2 : options.tokens;
-  while (p.fits && high < 2 ** 34 && best(options, high, budgets).fits) {
+  while (p.fits && high < 2 ** 34 && best(options, high, budgets, true).fits) {
     low = high;
     high *= 2;
   }
   while (high - low > Math.max(1, low >> 10)) {
     const middle = Math.floor((low + high) / 2);
-    if (middle >= 1 && best(options, middle, budgets).fits) low = middle;
+    if (middle >= 1 && best(options, middle, budgets, true).fits) low = middle;
     else high = middle;
   }
-  return { ...p, maxTokens: low };
+  return { ...p, reasons: p.fits ? [] : [...p.reasons, ...remedies(options, p, budgets)], maxTokens: low };
 }
+
+/** What would make it fit, where a setting would. */
+function remedies(o: PlanOptions, p: Plan, budgets: Budgets): string[] {
+  for (const layersPerSegment of [2, 3, 4]) {
+    if (layersPerSegment <= p.segment || layersPerSegment > o.model.numHiddenLayers) continue;
+    if (best({ ...o, layersPerSegment }, o.tokens, budgets, true).fits) return [`it would fit with layersPerSegment: ${layersPerSegment}`];
+  }
+  return [];
+}
+
+const freeRam = (): number => Math.min(memInfo('cpu').freeBytes, ramInfo().availableBytes);

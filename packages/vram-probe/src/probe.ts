@@ -1,17 +1,23 @@
-import { availableParallelism } from 'node:os';
-import { type DeviceInfo, devices, memInfo, requireDevice } from '@lc/tensor';
+import { type DeviceInfo, devices, requireDevice } from '@lc/tensor';
+import { cpuCount, nvidiaDriver, type RamInfo, ramInfo } from './ram.js';
 
 export interface Probe {
-  ram: { totalBytes: number; availableBytes: number };
+  ram: RamInfo;
   cpus: number;
+  /** What @lc/tensor can use; empty where `cuda.available` is false. */
   gpus: DeviceInfo[];
+  /** Version of the NVIDIA kernel module, if one is loaded. */
+  nvidiaDriver: string | null;
   /** Whether device 'cuda' can be used; if not, the code and what to do about it. */
   cuda: { available: true } | { available: false; code: string; message: string };
 }
 
-/** What this process may use: RAM within cgroup limits, CPUs, GPUs, and why CUDA is not available, if it is not. Never throws for a missing GPU. */
-export function probe(): Probe {
-  const ram = memInfo('cpu');
+/**
+ * What this process may use: RAM within cgroup limits, CPUs, GPUs, and why CUDA is not available, if it is not. Never throws for a missing GPU.
+ * @param options.root where /proc and /sys are, for tests
+ */
+export function probe(options: { root?: string } = {}): Probe {
+  const { root = '/' } = options;
   let cuda: Probe['cuda'] = { available: true };
   try {
     requireDevice('cuda');
@@ -20,9 +26,10 @@ export function probe(): Probe {
     cuda = { available: false, code, message };
   }
   return {
-    ram: { totalBytes: ram.totalBytes, availableBytes: ram.freeBytes },
-    cpus: availableParallelism(),
+    ram: ramInfo(root),
+    cpus: cpuCount(root),
     gpus: devices().filter((d) => d.device.startsWith('cuda')),
+    nvidiaDriver: nvidiaDriver(root),
     cuda,
   };
 }

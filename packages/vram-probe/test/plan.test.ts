@@ -1,5 +1,8 @@
+import { planStore } from '@lc/offload-ckpt';
+import { seededRandom } from '@lc/tensor/testing';
 import { describe, expect, it } from 'vitest';
-import { modelShapeFromConfig, type PlanOptions, plan, probe } from '../src/index.js';
+import { modelShapeFromConfig, type PlanOptions, plan } from '../src/index.js';
+import { storeBytes } from '../src/store-bytes.js';
 
 const gptOss20b = modelShapeFromConfig({
   num_hidden_layers: 24,
@@ -15,6 +18,8 @@ const gptOss20b = modelShapeFromConfig({
 const GiB = 2 ** 30;
 const cuda = (tokens: number, more: Partial<PlanOptions> = {}) =>
   plan({ model: gptOss20b, tokens, device: 'cuda', vramBudget: 80 * GiB, ramBudget: 120 * GiB, ...more });
+/** A CPU with room for anything. */
+const big = { vramBudget: 4096 * GiB, ramBudget: 4096 * GiB };
 
 describe('plan', () => {
   it('gpt-oss-20b: bytes per token are what the schedule stores', () => {
@@ -70,24 +75,91 @@ describe('plan', () => {
   });
 });
 
+it('the closed form of the store is what the store plans', () => {
+  const random = seededRandom(3);
+  const pick = (most: number): number => 1 + Math.floor(random() * most);
+  for (let i = 0; i < 2000; i++) {
+    const shape = { layers: pick(9), tokens: pick(300), chunk: pick(100), width: pick(8), layersPerSegment: pick(4) };
+    const all = Math.ceil(shape.layers / shape.layersPerSegment) * shape.tokens * shape.width * 4;
+    const deviceBytes = [0, Number.POSITIVE_INFINITY, all, Math.floor(random() * all * 1.2), shape.tokens * shape.width * 4][
+      i % 5
+    ] as number;
+    const o = { ...shape, dtype: i % 2 ? ('f32' as const) : ('bf16' as const), deviceBytes };
+    expect({ o, bytes: storeBytes(o).bytes }).toEqual({ o, bytes: planStore(o).bytes });
+  }
+});
+
+describe('what the bytes are made of', () => {
+  it('LoRA: elements of A and B of every target', () => {
+    // r 8 on q, k, v, o of gpt-oss-20b: 3,981,312 parameters
+    const attention = cuda(4096, { lora: { r: 8 } });
+    expect([attention.bytes.adapters, attention.bytes.gradients, attention.bytes.optimizer]).toEqual([8, 4, 8].map((b) => b * 3_981_312));
+    expect(cuda(4096, { lora: { r: 8 }, optimBits: 8 }).bytes.optimizer).toBe(Math.ceil(2.04 * 3_981_312));
+    const experts = cuda(4096, { lora: { r: 4, targets: ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'] } });
+    expect(experts.bytes.adapters).toBe(8 * 24 * 4 * 32 * (2880 + 5760 + 2880 + 2880));
+    expect(experts.bytes.chunkWork).toBeGreaterThan(attention.bytes.chunkWork);
+    expect(cuda(4096, { trainableParameters: 1000 }).bytes.adapters).toBe(8000);
+    const dense = { ...gptOss20b, numExperts: 0, numExpertsPerTok: 0 };
+    expect(cuda(4096, { model: dense, lora: { r: 1, targets: ['gate_proj', 'down_proj'] } }).bytes.gradients).toBe(4 * 24 * 2 * 5760);
+    expect(() => cuda(4096, { lora: { r: 8, targets: ['gate_proj'] } })).toThrow(
+      /'gate_proj' is not in this model, which has q_proj.*experts\.down_proj/,
+    );
+    expect(() => cuda(4096, { lora: { r: 0 } })).toThrow(/lora\.r must be a whole number >= 1/);
+  });
+
+  it('weights: quantized, kept in the compute dtype, or converted layer by layer', () => {
+    const layer = 2880 * (2 * 4096 + 2 * 512) + 3 * 32 * 2880 * 2880;
+    const embeddings = 2 * 201_088 * 2880;
+    const four = cuda(4096).bytes;
+    expect([four.weights, four.dequantized, four.experts]).toEqual([
+      2 * embeddings + Math.ceil(24 * layer * 0.54),
+      2 * layer,
+      2 * 3 * 32 * 2880 * 2880, // 1.59 GB
+    ]);
+    const plain = cuda(4096, { quantization: 'none' }).bytes;
+    expect([plain.weights, plain.dequantized, plain.experts]).toEqual([2 * embeddings + 24 * layer * 2, 0, 0]);
+    const bf16OnCpu = plan({ ...big, model: gptOss20b, tokens: 4096, quantization: 'none', dtypes: { weights: 'bf16' } }).bytes;
+    expect([bf16OnCpu.weights, bf16OnCpu.dequantized]).toEqual([4 * embeddings + 24 * layer * 2, 4 * layer]);
+  });
+
+  it('per token on the CPU, in f32', () => {
+    const p = plan({ ...big, model: gptOss20b, tokens: 8192 });
+    expect(p.perToken).toEqual({ device: 4 * 512 * 4 + 2880 * 4 + 12, checkpoints: 24 * 2880 * 4, host: 0 });
+    expect(plan({ ...big, model: gptOss20b, tokens: 8192, checkpointDeviceBytes: 0 }).perToken.host).toBe(24 * 2880 * 4);
+  });
+
+  it('segments: their recomputed inputs are counted', () => {
+    const at = (tokens: number) => cuda(tokens, { chunk: 4096, lossChunk: 512, checkpointDeviceBytes: 0, layersPerSegment: 3 });
+    const [a, b] = [at(65_536), at(131_072)];
+    expect(a.segment).toBe(3);
+    expect((b.predictedPeak.device - a.predictedPeak.device) / 65_536).toBe(a.perToken.device);
+    expect((b.predictedPeak.host - a.predictedPeak.host) / 65_536).toBe(a.perToken.host);
+    expect(a.perToken).toEqual({ device: 6144 + 3 * 5760 + 12, checkpoints: 8 * 5760, host: 8 * 5760 });
+  });
+
+  it('counts the scratch of the chunk that sees the most keys', () => {
+    const model = { ...gptOss20b, numKeyValueHeads: 2, numExperts: 0, numExpertsPerTok: 0, intermediateSize: 64, vocabSize: 1000 };
+    const work = (tokens: number) => plan({ ...big, model, tokens, chunk: 256, tile: 256 }).bytes.chunkWork;
+    // Attention's backward on the CPU keeps a dQ for every 512 keys, 8 at most.
+    expect(work(4096) - work(3072)).toBe(2 * 256 * 4096 * 4);
+    expect(work(65_536)).toBe(work(4096));
+  });
+
+  it('says what would make it fit', () => {
+    const tight = { vramBudget: 40 * GiB, ramBudget: 70 * GiB };
+    const p = cuda(1_000_000, tight);
+    expect(p.fits).toBe(false);
+    expect(p.reasons.join()).toMatch(/RAM: .*it would fit with layersPerSegment: 2/);
+    expect(cuda(1_000_000, { ...tight, layersPerSegment: 2 }).fits).toBe(true);
+    expect(cuda(1000, { vramBudget: GiB }).reasons.join()).not.toMatch(/would fit/);
+  });
+});
+
 describe('modelShapeFromConfig', () => {
   it('lists everything that is wrong', () => {
     expect(() => modelShapeFromConfig({ hidden_size: -1 })).toThrow(
       /hidden_size must be.*num_attention_heads is missing.*num_hidden_layers is missing/,
     );
     expect(() => modelShapeFromConfig(null)).toThrow(expect.objectContaining({ code: 'ERR_LC_CONFIG' }));
-  });
-});
-
-describe('probe', () => {
-  it('reports RAM, CPUs, and why there is no CUDA', () => {
-    const p = probe();
-    expect(p.ram.totalBytes).toBeGreaterThanOrEqual(p.ram.availableBytes);
-    expect(p.cpus).toBeGreaterThan(0);
-    if (!p.cuda.available) {
-      expect(p.cuda.code).toMatch(/^ERR_LC_(NO_PREBUILD|NO_DRIVER|DRIVER_TOO_OLD|NO_DEVICE|NO_KERNEL_IMAGE)$/);
-      expect(p.cuda.message.length).toBeGreaterThan(20);
-      expect(p.gpus).toEqual([]);
-    }
   });
 });

@@ -1,0 +1,91 @@
+/** What a plan is asked for, and what it says. */
+import type { ModelShape } from './shape.js';
+
+export interface LoraShape {
+  /** Rank. */
+  r: number;
+  /**
+   * As PEFT names them: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (a dense MLP), experts.gate_up_proj, experts.down_proj (fused
+   * experts). Default q, k, v, o.
+   */
+  targets?: readonly string[];
+}
+
+export interface PlanOptions {
+  model: ModelShape;
+  /** Sequence length. */
+  tokens: number;
+  /** Default 'cpu'. */
+  device?: 'cpu' | 'cuda';
+  /** Bytes of device memory; default 90% of what is free now. On the CPU, device and host memory are both RAM. */
+  vramBudget?: number;
+  /** Bytes of host memory; default 90% of what is free now. */
+  ramBudget?: number;
+  /** What is trained. Default: rank 16 on q, k, v, o. */
+  lora?: LoraShape;
+  /** Trained elements, where they are known already; `lora` then only sizes scratch. */
+  trainableParameters?: number;
+  /** How linears and experts are kept. Default '4bit' (NF4 or MXFP4), dequantized layer by layer. Embedding and head never are. */
+  quantization?: '4bit' | 'none';
+  /** Default: activations f32 on the CPU, bf16 on CUDA; weights (where not quantized), embedding and head in the same. */
+  dtypes?: { activations?: 'f32' | 'bf16'; weights?: 'f32' | 'bf16' };
+  /** Bytes of the base weights. Default: from the shape. 0 when they are loaded already. */
+  weightBytes?: number;
+  optimBits?: 8 | 32;
+  /** A checkpoint every so many layers. Default 1. */
+  layersPerSegment?: number;
+  /** Fix a size instead of choosing it. */
+  chunk?: number;
+  tile?: number;
+  lossChunk?: number;
+  checkpointDeviceBytes?: number;
+}
+
+export interface Plan {
+  tokens: number;
+  /** Tokens per chunk of the layers x chunks schedule, per MLP tile, and rows of logits alive at once. */
+  chunk: number;
+  tile: number;
+  lossChunk: number;
+  /** Layers per checkpoint. */
+  segment: number;
+  checkpoints: { deviceBytes: number; hostBytes: number };
+  /** Every part, in bytes. */
+  bytes: {
+    weights: number;
+    /** Trained values and their gradients, f32. */
+    adapters: number;
+    /** That half of `adapters` that is gradients. */
+    gradients: number;
+    optimizer: number;
+    /** Ids, labels, document starts. */
+    sequence: number;
+    /** Gradient of one layer; recomputed layer inputs inside a segment; slots through which checkpoints pass to and from the host. */
+    dx: number;
+    scratch: number;
+    staging: number;
+    /** The larger of kv + dkv + dequantized + chunkWork (a layer's backward) and lossWork. */
+    workspace: number;
+    /** K and V of one layer. */
+    kv: number;
+    /** Their gradients, f32. */
+    dkv: number;
+    /** One layer's weights in the activations' dtype; 0 where they are kept so. */
+    dequantized: number;
+    /** That part of `dequantized` that is experts. */
+    experts: number;
+    chunkWork: number;
+    lossWork: number;
+  };
+  /**
+   * What one more token takes, at fixed chunk, tile and loss chunk: `device` without checkpoints; `checkpoints` wherever they lie; `host`: those of
+   * them that go to host memory, all of them once the device's tier is full. Below 4,096 keys attention's scratch grows as well (`chunkWork`).
+   */
+  perToken: { device: number; checkpoints: number; host: number };
+  predictedPeak: { device: number; host: number };
+  fits: boolean;
+  /** The longest sequence that fits; 0 when none does. */
+  maxTokens: number;
+  /** Which budget is exceeded and by what, and what would help. */
+  reasons: string[];
+}
