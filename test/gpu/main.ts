@@ -1,12 +1,16 @@
 /** The bundle's program. */
+import { benchAttention } from './bench-attention.gpu.js';
 import { benchGemm } from './bench-gemm.gpu.js';
+import { benchStep } from './bench-step.gpu.js';
 import { runTests } from './harness.js';
 import { gpuParity } from './parity.gpu.js';
 import { gpuTrain } from './train.gpu.js';
 import './tensor.gpu.js';
 import './ops.gpu.js';
+import './attention.gpu.js';
 
-const usage = 'usage: ./run test [filter] | ./run parity DIR | ./run bench gemm | ./run train MODEL_DIR TEXT_DIR [steps]';
+const usage =
+  'usage: ./run test [filter] | ./run parity DIR | ./run bench gemm|attention | ./run bench step [--tokens N] ... | ./run train MODEL_DIR TEXT_DIR [steps]';
 
 async function main([command, what = '', ...rest]: string[]): Promise<number> {
   if (command === 'test') return (await runTests(what)) ? 0 : 1;
@@ -17,6 +21,14 @@ async function main([command, what = '', ...rest]: string[]): Promise<number> {
   }
   if (command === 'bench' && what === 'gemm') {
     await benchGemm();
+    return 0;
+  }
+  if (command === 'bench' && what === 'step') {
+    await benchStep(rest);
+    return 0;
+  }
+  if (command === 'bench' && what === 'attention') {
+    await benchAttention();
     return 0;
   }
   console.error(usage);
