@@ -1,7 +1,7 @@
 /** bf16 GEMM on gpt-oss shapes: lc's own kernel beside cuBLASLt, in one run, on random data. */
 import { copy, cublasLt, defaultStream, devices, Event, empty, fromTypedArray, gemm, type Tensor } from '@lc/tensor';
 
-function random(shape: number[]): Tensor {
+export function random(shape: number[]): Tensor {
   const [rows, columns] = shape as [number, number];
   using source = fromTypedArray(
     Float32Array.from({ length: 1 << 20 }, () => Math.random() - 0.5),

@@ -32,7 +32,7 @@ struct Heuristic {
   float waves;
   int reserved[4];
 };
-constexpr int kCompute32F = 68, kDescTransA = 3, kDescTransB = 4, kPrefMaxWorkspace = 1, kOpN = 0, kOpT = 1;
+constexpr int kCompute32F = 68, kDescTransA = 3, kDescTransB = 4, kPrefMaxWorkspace = 1, kPrefMinAlignment[] = {5, 6, 7, 8}, kOpN = 0, kOpT = 1;
 constexpr size_t kWorkspace = 32u << 20;
 
 struct Library {
@@ -129,6 +129,10 @@ struct DeviceState {
   std::map<Key, Plan> plans;
 };
 std::mutex g_mutex;
+std::map<int, DeviceState>& states() {
+  static auto* all = new std::map<int, DeviceState>();
+  return *all;
+}
 
 int type_of(int32_t dtype) { return dtype == LCTX_F32 ? CUDA_R_32F : CUDA_R_16BF; }
 
@@ -146,6 +150,8 @@ Plan make_plan(const Library& l, Handle handle, const lctx_gemm_params* p) {
   Preference preference = nullptr;
   if (l.pref_create(&preference)) return plan;
   l.pref_set(preference, kPrefMaxWorkspace, &kWorkspace, sizeof kWorkspace);
+  const uint32_t alignment = 16;  // it assumes 256 bytes otherwise; views start anywhere
+  for (const int operand : kPrefMinAlignment) l.pref_set(preference, operand, &alignment, sizeof alignment);
   Heuristic found{};
   int count = 0;
   plan.ok = l.heuristic(handle, plan.desc, plan.a, plan.b, plan.c, plan.c, preference, 1, &found, &count) == 0 && count > 0;
@@ -158,19 +164,27 @@ Plan make_plan(const Library& l, Handle handle, const lctx_gemm_params* p) {
 
 const char* cublaslt_path() { return library().ok ? library().path.c_str() : ""; }
 
+void cublaslt_forget(void* stream) {
+  std::lock_guard<std::mutex> lock(g_mutex);
+  for (auto& [device, s] : states()) {
+    const auto at = s.workspaces.find(stream);
+    if (at == s.workspaces.end()) continue;
+    if (at->second) cuda::free(device, at->second, stream);
+    s.workspaces.erase(at);
+  }
+}
+
 int cublaslt_gemm(const lctx_gemm_params* p, void* stream) {
   const bool bf16 = p->a_dtype == LCTX_BF16 && p->b_dtype == LCTX_BF16 && (p->c_dtype == LCTX_BF16 || p->c_dtype == LCTX_F32);
   const bool f32 = p->a_dtype == LCTX_F32 && p->b_dtype == LCTX_F32 && p->c_dtype == LCTX_F32;
-  if (!(bf16 || f32) || p->m == 0 || p->n == 0 || p->k == 0 || !library().ok) return 1;
+  const bool aligned = reinterpret_cast<uintptr_t>(p->a) % 16 == 0 && reinterpret_cast<uintptr_t>(p->b) % 16 == 0 && reinterpret_cast<uintptr_t>(p->c) % 16 == 0;
+  if (!(bf16 || f32) || !aligned || p->m == 0 || p->n == 0 || p->k == 0 || !library().ok) return 1;
   const Library& l = library();
   std::lock_guard<std::mutex> lock(g_mutex);
-  static auto* states = new std::map<int, DeviceState>();
-  DeviceState& s = (*states)[p->device_id];
+  DeviceState& s = states()[p->device_id];
   if (!s.handle && l.create(&s.handle)) return 1;
   void*& workspace = s.workspaces[stream];
   if (!workspace && alloc(p->device_id, kWorkspace, stream, false, &workspace)) return -1;
-  const bool aligned = reinterpret_cast<uintptr_t>(p->a) % 16 == 0 && reinterpret_cast<uintptr_t>(p->b) % 16 == 0 && reinterpret_cast<uintptr_t>(p->c) % 16 == 0;
-  if (!aligned) return 1;  // its heuristics assume 16 bytes
   const Key key{p->device_id, p->m, p->n, p->k, p->lda, p->ldb, p->ldc, p->a_dtype, p->b_dtype, p->c_dtype, p->trans_a, p->trans_b, p->beta == 0};
   auto at = s.plans.find(key);
   if (at == s.plans.end()) at = s.plans.emplace(key, make_plan(l, s.handle, p)).first;

@@ -60,7 +60,11 @@ Napi::Value stream_create(const Napi::CallbackInfo& info) {
   must(info.Env(), cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
   return pointer(info.Env(), stream);
 }
-void stream_destroy(const Napi::CallbackInfo& info) { must(info.Env(), cudaStreamDestroy(handle<cudaStream_t>(info, 0)), "cudaStreamDestroy"); }
+void stream_destroy(const Napi::CallbackInfo& info) {
+  cuda::cublaslt_forget(handle<void*>(info, 0));
+  must(info.Env(), cudaStreamDestroy(handle<cudaStream_t>(info, 0)), "cudaStreamDestroy");
+}
+void stream_synchronize(const Napi::CallbackInfo& info) { must(info.Env(), cudaStreamSynchronize(handle<cudaStream_t>(info, 0)), "cudaStreamSynchronize"); }
 void stream_wait(const Napi::CallbackInfo& info) { must(info.Env(), cudaStreamWaitEvent(handle<cudaStream_t>(info, 0), handle<cudaEvent_t>(info, 1), 0), "cudaStreamWaitEvent"); }
 Napi::Value event_create(const Napi::CallbackInfo& info) {
   use(info.Env(), info[0].ToNumber().Int32Value());
@@ -131,6 +135,7 @@ void register_cuda(Napi::Env env, Napi::Object exports) {
   add("cudaStreamDestroy", stream_destroy);
   add("cudaStreamWait", stream_wait);
   add("cudaStreamSync", stream_sync);
+  add("cudaStreamSynchronize", stream_synchronize);
   add("cudaEventCreate", event_create);
   add("cudaEventDestroy", event_destroy);
   add("cudaEventRecord", event_record);

@@ -20,7 +20,7 @@ struct RowTensor {
 };
 struct NormLaunch {
   RowTensor x, weight, dout, out, dx;
-  float* dweight; /* f32 [width] += ; needs `partial` f32 [partials, width] */
+  float* dweight; /* f32 [width] += ; needs `partial`: f32 [partials + sum_rows_parts(partials), width] */
   float* partial;
   int64_t rows, groups, width, partials;
   float eps;
@@ -28,13 +28,16 @@ struct NormLaunch {
 };
 int launch_rms_norm(const NormLaunch& p, void* stream);
 int launch_rms_norm_backward(const NormLaunch& p, void* stream);
+int64_t rms_norm_partials(const NormLaunch& p); /* what `partials` must be, with or without dweight */
 
 struct RowsLaunch {
   RowTensor a, b, out; /* b: a row for add_bias */
   int64_t rows, width;
   float alpha;
   bool accumulate;
+  float* partial; /* sum_rows: f32 [sum_rows_parts(rows), width] when that is more than 1 */
 };
+int64_t sum_rows_parts(int64_t rows);
 int launch_add(const RowsLaunch& p, void* stream);      /* out = a + b */
 int launch_add_bias(const RowsLaunch& p, void* stream); /* out += b[width] */
 int launch_sum_rows(const RowsLaunch& p, void* stream); /* out[width] (+)= sum of rows of a */
@@ -58,14 +61,21 @@ struct GemmLaunch {
   bool trans_a, trans_b, c_f32;
   const int32_t* offsets; /* null: a single GEMM */
   int32_t experts, mode;  /* mode 0: rows of expert e are offsets[e].. of a and c; mode 1: they are the k of c_e */
+  int32_t splits;         /* > 1: pieces of k, whose products c holds one after another, f32 [splits, m, n]; then launch_gemm_join */
+  int64_t k_per_split;
+  bool vector_c;          /* set by the launcher: c's rows are aligned for vector stores */
 };
-int launch_gemm_bf16(const GemmLaunch& p, void* stream); /* mma.sync, sm_80 and up, at most 96 KiB of shared memory */
+/* Pieces that the k of a product with few tiles and a long k (a weight gradient over all tokens) is cut into, so that it fills the card; else 1. */
+int32_t gemm_splits(const GemmLaunch& p);
+int launch_gemm_join(const GemmLaunch& p, const float* pieces, void* stream); /* c = alpha sum of pieces + beta c, in order */
+int launch_gemm_bf16(GemmLaunch p, void* stream);        /* mma.sync, sm_80 and up, at most 96 KiB of shared memory */
 /* FFMA: full f32, operands f32 or bf16 in any mixture. */
 int launch_gemm_ffma(const GemmLaunch& p, bool a_f32, bool b_f32, void* stream);
 
 /* cuBLASLt, if this machine has it: 0 done, 1 not available (the caller takes its own kernel), -1 error set. */
 int cublaslt_gemm(const lctx_gemm_params* p, void* stream);
-const char* cublaslt_path(); /* "" when not found */
+const char* cublaslt_path();         /* "" when not found */
+void cublaslt_forget(void* stream); /* frees what it keeps for a stream that is about to be destroyed */
 
 }  // namespace lctx::cuda
 #endif

@@ -174,11 +174,11 @@ int rms_norm_backward(const Args& args) {
   p.eps = static_cast<float>(args.number("eps"));
   p.accumulate = args.flag("accumulate");
   void* partial = nullptr;
+  p.partials = rms_norm_partials(p);
   if (dweight) {
     if (dweight.dtype != LCTX_F32 || dweight.numel() != x.width || dweight.device.device_type != kDLCUDA) args.fail("ERR_LC_SHAPE", "dWeight: expected f32[" + std::to_string(x.width) + "] on cuda");
     p.dweight = dweight.as<float>();
-    p.partials = 132;
-    if (alloc(x.device, static_cast<size_t>(p.partials * x.width) * sizeof(float), l.stream, false, &partial)) return -1;
+    if (alloc(x.device, static_cast<size_t>((p.partials + sum_rows_parts(p.partials)) * x.width) * sizeof(float), l.stream, false, &partial)) return -1;
     p.partial = static_cast<float*>(partial);
   }
   const int rc = status(launch_rms_norm_backward(p, l.stream), "rmsNormBackward");
@@ -191,30 +191,39 @@ int add(const Args& args) {
   same(args, out, a, "a");
   same(args, out, b, "b");
   Launch l(args, out.device);
-  return l.ok ? status(launch_add({a.t, b.t, out.t, out.rows, out.width * out.groups, 1, false}, l.stream), "add") : -1;
+  return l.ok ? status(launch_add({a.t, b.t, out.t, out.rows, out.width * out.groups, 1, false, nullptr}, l.stream), "add") : -1;
 }
 int add_bias(const Args& args) {
   const Rows x = rows_arg(args, "x"), bias = rows_arg(args, "bias");
   vector_of(args, bias, x.width * x.groups, "bias");
   Launch l(args, x.device);
-  return l.ok ? status(launch_add_bias({{}, bias.t, x.t, x.rows, x.width * x.groups, 1, false}, l.stream), "addBias") : -1;
+  return l.ok ? status(launch_add_bias({{}, bias.t, x.t, x.rows, x.width * x.groups, 1, false, nullptr}, l.stream), "addBias") : -1;
 }
 int sum_rows(const Args& args) {
   const Rows x = rows_arg(args, "x"), out = rows_arg(args, "out");
-  vector_of(args, out, x.width * x.groups, "out");
+  const int64_t width = x.width * x.groups;
+  vector_of(args, out, width, "out");
   Launch l(args, x.device);
-  return l.ok ? status(launch_sum_rows({x.t, {}, out.t, x.rows, x.width * x.groups, 1, args.flag("accumulate")}, l.stream), "sumRows") : -1;
+  if (!l.ok) return -1;
+  RowsLaunch p{x.t, {}, out.t, x.rows, width, 1, args.flag("accumulate"), nullptr};
+  void* partial = nullptr;
+  const int64_t parts = sum_rows_parts(x.rows);
+  if (parts > 1 && alloc(x.device, static_cast<size_t>(parts * width) * sizeof(float), l.stream, false, &partial)) return -1;
+  p.partial = static_cast<float*>(partial);
+  const int rc = status(launch_sum_rows(p, l.stream), "sumRows");
+  if (partial) cuda::free(x.device, partial, l.stream);
+  return rc;
 }
 int scale(const Args& args) {
   const Rows x = rows_arg(args, "x");
   Launch l(args, x.device);
-  return l.ok ? status(launch_scale({{}, {}, x.t, x.rows, x.width * x.groups, static_cast<float>(args.number("factor")), false}, l.stream), "scale") : -1;
+  return l.ok ? status(launch_scale({{}, {}, x.t, x.rows, x.width * x.groups, static_cast<float>(args.number("factor")), false, nullptr}, l.stream), "scale") : -1;
 }
 int axpy(const Args& args) {
   const Rows x = rows_arg(args, "x"), y = rows_arg(args, "y");
   same(args, y, x, "x");
   Launch l(args, y.device);
-  return l.ok ? status(launch_axpy({x.t, {}, y.t, y.rows, y.width * y.groups, static_cast<float>(args.number("alpha", 1)), false}, l.stream), "axpy") : -1;
+  return l.ok ? status(launch_axpy({x.t, {}, y.t, y.rows, y.width * y.groups, static_cast<float>(args.number("alpha", 1)), false, nullptr}, l.stream), "axpy") : -1;
 }
 
 namespace {

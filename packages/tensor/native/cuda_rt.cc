@@ -206,7 +206,17 @@ int host_alloc(size_t bytes, void** out, bool* pinned) {
 void host_free(void* p, size_t bytes, bool pinned) {
   if (!p || !pinned) return;
   constexpr size_t kHuge = 2u << 20;
-  cudaHostUnregister(p);  // waits for copies in flight
+  // Copies in flight may still touch it, on any device and stream.
+  for (int device = 0; device < device_count(); device++) {
+    Device& d = device_state(device);
+    {
+      std::lock_guard<std::mutex> lock(d.mutex);
+      if (!d.checked) continue;
+    }
+    Current current(device);
+    cudaDeviceSynchronize();
+  }
+  cudaHostUnregister(p);
   cudaGetLastError();
   munmap(p, (bytes + kHuge - 1) / kHuge * kHuge);
 }

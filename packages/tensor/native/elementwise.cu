@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cuda_kernels.h"
+#include "rows.cuh"
 
 namespace lctx::cuda {
 namespace {
@@ -83,31 +84,89 @@ int copy_from(const cpu::CopyParams& p, cudaStream_t s) {
 }
 
 /* ---- rows: out = f(a, b, out) in f32 ---- */
-template <class T> __device__ __forceinline__ float load(const void* p, int64_t i) { return static_cast<float>(static_cast<const T*>(p)[i]); }
-__device__ __forceinline__ float load_any(const RowTensor& t, int64_t i) { return t.dtype == LCTX_F32 ? load<float>(t.data, i) : load<__nv_bfloat16>(t.data, i); }
-__device__ __forceinline__ void store_any(const RowTensor& t, int64_t i, float v) {
-  if (t.dtype == LCTX_F32) static_cast<float*>(t.data)[i] = v;
-  else static_cast<__nv_bfloat16*>(t.data)[i] = __float2bfloat16(v);
-}
 enum class Op { add, add_bias, scale, axpy };
+template <Op OP>
+__device__ __forceinline__ float apply(float a, float b, float out, float alpha) {
+  if (OP == Op::add) return a + b;
+  if (OP == Op::add_bias) return out + b;
+  if (OP == Op::scale) return out * alpha;
+  return out + alpha * a;
+}
 template <Op OP>
 __global__ void rows_kernel(RowsLaunch p) {
   const int64_t n = p.rows * p.width;
   for (int64_t i = blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x; i < n; i += static_cast<int64_t>(gridDim.x) * THREADS) {
     const int64_t r = i / p.width, c = i % p.width, at = r * p.out.ld + c;
-    float v;
-    if (OP == Op::add) v = load_any(p.a, r * p.a.ld + c) + load_any(p.b, r * p.b.ld + c);
-    if (OP == Op::add_bias) v = load_any(p.out, at) + load_any(p.b, c);
-    if (OP == Op::scale) v = load_any(p.out, at) * p.alpha;
-    if (OP == Op::axpy) v = load_any(p.out, at) + p.alpha * load_any(p.a, r * p.a.ld + c);
-    store_any(p.out, at, v);
+    float a = 0, b = 0, out = 0;
+    if (OP == Op::add || OP == Op::axpy) a = load_any(p.a, r * p.a.ld + c);
+    if (OP == Op::add || OP == Op::add_bias) b = load_any(p.b, OP == Op::add ? r * p.b.ld + c : c);
+    if (OP != Op::add) out = load_any(p.out, at);
+    store_any(p.out, at, apply<OP>(a, b, out, p.alpha));
+  }
+}
+/* Eight elements a thread; a block takes whole rows' pieces, so that no element needs a division. */
+template <Op OP>
+__global__ void rows8_kernel(RowsLaunch p) {
+  const int64_t c = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) * 8;
+  if (c >= p.width) return;
+  for (int64_t r = blockIdx.y * static_cast<int64_t>(blockDim.y) + threadIdx.y; r < p.rows; r += static_cast<int64_t>(gridDim.y) * blockDim.y) {
+    float a[8] = {}, b[8] = {}, out[8] = {};
+    if (OP == Op::add || OP == Op::axpy) load8(p.a, r * p.a.ld + c, a);
+    if (OP == Op::add || OP == Op::add_bias) load8(p.b, OP == Op::add ? r * p.b.ld + c : c, b);
+    if (OP != Op::add) load8(p.out, r * p.out.ld + c, out);
+#pragma unroll
+    for (int j = 0; j < 8; j++) out[j] = apply<OP>(a[j], b[j], out[j], p.alpha);
+    store8(p.out, r * p.out.ld + c, out);
   }
 }
 template <Op OP>
-int launch_rows(const RowsLaunch& p, void* stream) {
+int launch_rows(const RowsLaunch& given, void* stream) {
+  RowsLaunch p = given;
   if (p.rows * p.width == 0) return 0;
-  rows_kernel<OP><<<blocks(p.rows * p.width), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  const auto s = static_cast<cudaStream_t>(stream);
+  const bool flat = OP != Op::add_bias && p.out.ld == p.width && (OP == Op::scale || p.a.ld == p.width) && (OP != Op::add || p.b.ld == p.width);
+  if (flat && p.width % 8 != 0 && p.rows * p.width % 8 == 0) {  // contiguous: how the rows fall does not matter
+    p.width = p.a.ld = p.b.ld = p.out.ld = 8;
+    p.rows = given.rows * given.width / 8;
+  }
+  const bool wide = vectors(p.out, p.width) && ((OP != Op::add && OP != Op::axpy) || vectors(p.a, p.width)) &&
+                    (OP == Op::scale || OP == Op::axpy || (OP == Op::add ? vectors(p.b, p.width) : reinterpret_cast<uintptr_t>(p.b.data) % 16 == 0));
+  if (!wide) {
+    rows_kernel<OP><<<blocks(p.rows * p.width), THREADS, 0, s>>>(p);
+    return cudaGetLastError();
+  }
+  const int64_t chunks = p.width / 8;
+  int x = 1;
+  while (x < chunks && x < THREADS) x *= 2;
+  const dim3 threads(static_cast<unsigned>(x), static_cast<unsigned>(THREADS / x));
+  const unsigned across = static_cast<unsigned>((chunks + x - 1) / x);
+  const int64_t down = (p.rows + threads.y - 1) / threads.y;
+  rows8_kernel<OP><<<dim3(across, static_cast<unsigned>(std::min<int64_t>(down, std::max<int64_t>(1, 132 * 16 / across)))), threads, 0, s>>>(p);
   return cudaGetLastError();
+}
+
+/* ---- the casts that training makes by the gigabyte: f32 <-> bf16, contiguous ---- */
+__global__ void cast8_kernel(RowTensor dst, RowTensor src, int64_t chunks) {
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x; i < chunks; i += static_cast<int64_t>(gridDim.x) * THREADS) {
+    float v[8];
+    load8(src, i * 8, v);
+    store8(dst, i * 8, v);
+  }
+}
+/* True when it was one of those; what 8 does not divide is left to copy_kernel. */
+bool cast_contiguous(const cpu::CopyParams& p, cudaStream_t stream, int* status) {
+  const auto half = [](int32_t a, int32_t b) { return a == LCTX_F32 && b == LCTX_BF16; };
+  if (!half(p.src.dtype, p.dst.dtype) && !half(p.dst.dtype, p.src.dtype)) return false;
+  int64_t n = 1;
+  for (int i = p.ndim - 1; i >= 0; i--) {
+    if (p.shape[i] != 1 && (p.src.strides[i] != n || p.dst.strides[i] != n)) return false;
+    n *= p.shape[i];
+  }
+  const RowTensor dst{p.dst.data, p.dst.dtype, 8}, src{p.src.data, p.src.dtype, 8};
+  if (n == 0 || n % 8 != 0 || !vectors(dst, 8) || !vectors(src, 8)) return false;
+  cast8_kernel<<<blocks(n / 8), THREADS, 0, stream>>>(dst, src, n / 8);
+  *status = cudaGetLastError();
+  return true;
 }
 
 }  // namespace
@@ -119,6 +178,8 @@ int probe_kernel_image() {
 
 int launch_copy(const cpu::CopyParams& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
+  int status = 0;
+  if (cast_contiguous(p, s, &status)) return status;
   switch (p.src.dtype) {
     case LCTX_F32: return copy_from<float>(p, s);
     case LCTX_BF16: return copy_from<__nv_bfloat16>(p, s);

@@ -1,9 +1,11 @@
 /* GEMM by FFMA, operands f32 or bf16 in any mixture, arithmetic f32: what tensor cores do not do. LoRA's f32 parameters against bf16 activations, router
- * gradients, checks. 128 x 128 of c per block, 8 x 8 per thread; narrow tiles of 128 x 16 for the small ranks of LoRA. */
+ * gradients, checks. 128 x 128 of c per block, 8 x 8 per thread, or 128 x 16, 8 x 1 per thread, for the small ranks of LoRA; the next 16 of k travel from
+ * memory to registers while the present ones are multiplied. */
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include "cuda_kernels.h"
+#include "gemm_tiles.cuh"
 
 namespace lctx::cuda {
 namespace {
@@ -12,108 +14,106 @@ constexpr int BM = 128, BK = 16, THREADS = 256;
 
 __device__ __forceinline__ float as_float(float v) { return v; }
 __device__ __forceinline__ float as_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ void put(float* p, float v) { *p = v; }
-__device__ __forceinline__ void put(__nv_bfloat16* p, float v) { *p = __float2bfloat16(v); }
 
-template <typename A, typename B, typename C, int BN>
-__global__ void __launch_bounds__(THREADS) gemm_ffma_kernel(GemmLaunch p) {
-  constexpr int COLUMNS = BN / 16;  // per thread
-  __shared__ float sa[BK][BM + 4], sb[BK][BN + 4];
-  const A* a = static_cast<const A*>(p.a);
-  const B* b = static_cast<const B*>(p.b);
-  C* c = static_cast<C*>(p.c);
-  int64_t m = p.m, k = p.k, tile_m = blockIdx.y;
-  if (p.offsets != nullptr && p.mode == 0) {
-    int64_t left = blockIdx.y;
-    int expert = 0;
-    int32_t start = 0, end = 0;
-    for (; expert < p.experts; expert++) {
-      start = p.offsets[expert];
-      end = p.offsets[expert + 1];
-      const int64_t tiles = (end - start + BM - 1) / BM;
-      if (left < tiles) break;
-      left -= tiles;
-    }
-    if (expert == p.experts) return;
-    tile_m = left;
-    m = end - start;
-    a += static_cast<int64_t>(start) * p.lda;
-    c += static_cast<int64_t>(start) * p.ldc;
-    b += expert * p.stride_b;
-  } else if (p.offsets != nullptr) {
-    const int expert = blockIdx.z;
-    const int32_t start = p.offsets[expert];
-    k = p.offsets[expert + 1] - start;
-    a += static_cast<int64_t>(start) * p.lda;
-    b += static_cast<int64_t>(start) * p.ldb;
-    c += expert * p.stride_c;
+/* One operand: R (m or n) x 16 (k). Neighbouring threads read neighbouring addresses, whichever way it lies. */
+template <typename T, int R>
+struct Operand {
+  static constexpr int READS = R * BK / THREADS;
+  const T* at;
+  int64_t step, pass; /* elements between tiles, and between a thread's reads */
+  uint32_t valid;     /* bit per read: its row exists */
+  int k0, r0, k_pass, r_pass;
+
+  __device__ __forceinline__ Operand(const T* source, int64_t ld, bool k_contiguous, int64_t first, int64_t rows) {
+    k0 = k_contiguous ? threadIdx.x % BK : threadIdx.x / R;
+    r0 = k_contiguous ? threadIdx.x / BK : threadIdx.x % R;
+    k_pass = k_contiguous ? 0 : THREADS / R;
+    r_pass = k_contiguous ? THREADS / BK : 0;
+    at = source + (k_contiguous ? (first + r0) * ld + k0 : k0 * ld + first + r0);
+    pass = (k_contiguous ? r_pass : k_pass) * ld;
+    step = k_contiguous ? static_cast<int64_t>(BK) : BK * ld;
+    valid = 0;
+    for (int i = 0; i < READS; i++) valid |= (first + r0 + i * r_pass < rows ? 1u : 0u) << i;
   }
-  const int64_t m0 = tile_m * BM, n0 = static_cast<int64_t>(blockIdx.x) * BN;
-  const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+  __device__ __forceinline__ void read(T (&v)[READS], int64_t k_left) {
+#pragma unroll
+    for (int i = 0; i < READS; i++) v[i] = (valid >> i & 1) && k0 + i * k_pass < k_left ? at[i * pass] : static_cast<T>(0.0f);
+    at += step;
+  }
+  __device__ __forceinline__ void write(const T (&v)[READS], float (&tile)[BK][R + 4]) const {
+#pragma unroll
+    for (int i = 0; i < READS; i++) tile[k0 + i * k_pass][r0 + i * r_pass] = as_float(v[i]);
+  }
+};
+
+template <typename A, typename B, int BN>
+__global__ void __launch_bounds__(THREADS, 2) gemm_ffma_kernel(const __grid_constant__ GemmLaunch p) {
+  __shared__ __align__(16) float sa[2][BK][BM + 4], sb[2][BK][BN + 4];
+  TileOf tile;
+  if (!find_tile<BM, BN>(p, blockIdx.x, &tile)) return;
+  const int64_t m0 = tile.m * BM, n0 = tile.n * BN;
+  Operand<A, BM> a(static_cast<const A*>(p.a) + tile.a, p.lda, !p.trans_a, m0, tile.rows);
+  Operand<B, BN> b(static_cast<const B*>(p.b) + tile.b, p.ldb, p.trans_b, n0, p.n);
+  // A thread's rows: ty*4.. and 64 + ty*4.., columns likewise (or one): reads of four floats without bank conflicts.
+  constexpr int COLUMNS = BN / 16, ACROSS = BN == 128 ? 4 : 1;
+  const int tx = threadIdx.x % 16 * ACROSS, ty = threadIdx.x / 16 * 4;
+
   float acc[8][COLUMNS] = {};
-  for (int64_t k0 = 0; k0 < k; k0 += BK) {
-    for (int i = threadIdx.x; i < BK * BM; i += THREADS) {
-      // Neighbouring threads read neighbouring addresses, whichever way the operand lies.
-      const int ka = p.trans_a ? i / BM : i % BK, ma = p.trans_a ? i % BM : i / BK;
-      const int64_t gk = k0 + ka, gm = m0 + ma;
-      sa[ka][ma] = gk < k && gm < m ? as_float(a[p.trans_a ? gk * p.lda + gm : gm * p.lda + gk]) : 0.0f;
+  A va[Operand<A, BM>::READS];
+  B vb[Operand<B, BN>::READS];
+  a.read(va, tile.k);
+  b.read(vb, tile.k);
+  int buffer = 0;
+  for (int64_t left = tile.k; left > 0; left -= BK, buffer ^= 1) {
+    a.write(va, sa[buffer]);
+    b.write(vb, sb[buffer]);
+    __syncthreads();  // the other buffer is free too: everyone has passed its multiplications
+    if (left > BK) {
+      a.read(va, left - BK);
+      b.read(vb, left - BK);
     }
-    for (int i = threadIdx.x; i < BK * BN; i += THREADS) {
-      const int kb = p.trans_b ? i % BK : i / BN, nb = p.trans_b ? i / BK : i % BN;
-      const int64_t gk = k0 + kb, gn = n0 + nb;
-      sb[kb][nb] = gk < k && gn < p.n ? as_float(b[p.trans_b ? gn * p.ldb + gk : gk * p.ldb + gn]) : 0.0f;
-    }
-    __syncthreads();
 #pragma unroll
     for (int kk = 0; kk < BK; kk++) {
       float ra[8], rb[COLUMNS];
 #pragma unroll
-      for (int i = 0; i < 8; i++) ra[i] = sa[kk][ty * 8 + i];
+      for (int h = 0; h < 2; h++) *reinterpret_cast<float4*>(ra + h * 4) = *reinterpret_cast<const float4*>(&sa[buffer][kk][ty + h * 64]);
+      if constexpr (COLUMNS == 8) {
 #pragma unroll
-      for (int j = 0; j < COLUMNS; j++) rb[j] = sb[kk][tx + j * 16];
+        for (int h = 0; h < 2; h++) *reinterpret_cast<float4*>(rb + h * 4) = *reinterpret_cast<const float4*>(&sb[buffer][kk][tx + h * 64]);
+      } else {
+        rb[0] = sb[buffer][kk][tx];
+      }
 #pragma unroll
       for (int i = 0; i < 8; i++)
 #pragma unroll
         for (int j = 0; j < COLUMNS; j++) acc[i][j] += ra[i] * rb[j];
     }
-    __syncthreads();
   }
+#pragma unroll
   for (int i = 0; i < 8; i++)
+#pragma unroll
     for (int j = 0; j < COLUMNS; j++) {
-      const int64_t row = m0 + ty * 8 + i, column = n0 + tx + j * 16;
-      if (row >= m || column >= p.n) continue;
-      float v = p.alpha * acc[i][j];
-      C* at = c + row * p.ldc + column;
-      if (p.beta != 0.0f) v += p.beta * as_float(*at);
-      put(at, v);
+      const int64_t row = m0 + ty + i / 4 * 64 + i % 4, column = n0 + tx + j / 4 * 64 + j % 4;
+      if (row >= tile.rows || column >= p.n) continue;
+      const int64_t at = tile.c + row * p.ldc + column;
+      store_c(p, at, p.alpha * acc[i][j]);
     }
 }
 
-template <typename A, typename B, typename C, int BN>
-int launch(const GemmLaunch& p, cudaStream_t stream) {
-  const auto tiles = [](int64_t n, int64_t t) { return static_cast<unsigned>((n + t - 1) / t); };
-  dim3 grid(tiles(p.n, BN), tiles(p.m, BM));
-  if (p.offsets != nullptr && p.mode == 0) grid.y += p.experts;
-  if (p.offsets != nullptr && p.mode == 1) grid.z = p.experts;
-  gemm_ffma_kernel<A, B, C, BN><<<grid, THREADS, 0, stream>>>(p);
-  return cudaGetLastError();
-}
-template <typename A, typename B, typename C>
-int launch_width(const GemmLaunch& p, cudaStream_t s) {
-  return p.n <= 32 ? launch<A, B, C, 16>(p, s) : launch<A, B, C, 128>(p, s);
-}
 template <typename A, typename B>
-int launch_c(const GemmLaunch& p, cudaStream_t s) {
-  return p.c_f32 ? launch_width<A, B, float>(p, s) : launch_width<A, B, __nv_bfloat16>(p, s);
+int launch(const GemmLaunch& p, cudaStream_t s) {
+  if (p.n <= 32) gemm_ffma_kernel<A, B, 16><<<TileGrid<BM, 16>(p).count(p), THREADS, 0, s>>>(p);
+  else gemm_ffma_kernel<A, B, 128><<<TileGrid<BM, 128>(p).count(p), THREADS, 0, s>>>(p);
+  return cudaGetLastError();
 }
 
 }  // namespace
 
 int launch_gemm_ffma(const GemmLaunch& p, bool a_f32, bool b_f32, void* stream) {
-  if (p.m == 0 || p.n == 0) return 0;
+  if (p.m == 0 || p.n == 0 || (p.offsets != nullptr && p.experts == 0)) return 0;
   const auto s = static_cast<cudaStream_t>(stream);
-  if (a_f32) return b_f32 ? launch_c<float, float>(p, s) : launch_c<float, __nv_bfloat16>(p, s);
-  return b_f32 ? launch_c<__nv_bfloat16, float>(p, s) : launch_c<__nv_bfloat16, __nv_bfloat16>(p, s);
+  if (a_f32) return b_f32 ? launch<float, float>(p, s) : launch<float, __nv_bfloat16>(p, s);
+  return b_f32 ? launch<__nv_bfloat16, float>(p, s) : launch<__nv_bfloat16, __nv_bfloat16>(p, s);
 }
 
 }  // namespace lctx::cuda

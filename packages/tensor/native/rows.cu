@@ -1,115 +1,86 @@
-/* Ops that reduce over rows or columns: RMSNorm, column sums, embedding. Sums run in a fixed order: the same bits every time. */
-#include <cuda_bf16.h>
+/* Ops that move or reduce rows: column sums, embedding. Sums run in an order that the shape alone fixes: the same bits every time. */
 #include <cuda_runtime.h>
 
 #include "cuda_kernels.h"
+#include "rows.cuh"
 
 namespace lctx::cuda {
 namespace {
 
 constexpr int THREADS = 256;
 
-__device__ __forceinline__ float load(const RowTensor& t, int64_t i) {
-  return t.dtype == LCTX_F32 ? static_cast<const float*>(t.data)[i] : __bfloat162float(static_cast<const __nv_bfloat16*>(t.data)[i]);
-}
-__device__ __forceinline__ void store(const RowTensor& t, int64_t i, float v) {
-  if (t.dtype == LCTX_F32) static_cast<float*>(t.data)[i] = v;
-  else static_cast<__nv_bfloat16*>(t.data)[i] = __float2bfloat16(v);
-}
-
-/* Sum over the block, in a fixed order, for every thread. */
-__device__ float block_sum(float v) {
-  __shared__ float warps[THREADS / 32];
-  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
-  __syncthreads();
-  float sum = 0;
-#pragma unroll
-  for (int w = 0; w < THREADS / 32; w++) sum += warps[w];
-  return sum;
-}
-
-/* One block per (row, group), striding over them. */
-__global__ void rms_norm_kernel(NormLaunch p) {
-  for (int64_t item = blockIdx.x; item < p.rows * p.groups; item += gridDim.x) {
-    const int64_t r = item / p.groups, g = item % p.groups, x = r * p.x.ld + g * p.width, out = r * p.out.ld + g * p.width;
-    float squares = 0;
-    for (int64_t i = threadIdx.x; i < p.width; i += THREADS) {
-      const float v = load(p.x, x + i);
-      squares += v * v;
-    }
-    const float inverse = rsqrtf(block_sum(squares) / static_cast<float>(p.width) + p.eps);
-    for (int64_t i = threadIdx.x; i < p.width; i += THREADS) store(p.out, out + i, load(p.x, x + i) * inverse * load(p.weight, i));
-  }
-}
-
-/* Blocks own contiguous ranges of rows, so that dweight's partial sums have a fixed order. */
-__global__ void rms_norm_backward_kernel(NormLaunch p) {
-  const int64_t items = p.rows * p.groups, per = (items + gridDim.x - 1) / gridDim.x;
-  float* partial = p.dweight ? p.partial + blockIdx.x * p.width : nullptr;
-  if (partial)
-    for (int64_t i = threadIdx.x; i < p.width; i += THREADS) partial[i] = 0;
-  for (int64_t item = blockIdx.x * per; item < items && item < (blockIdx.x + 1) * per; item++) {
-    const int64_t r = item / p.groups, g = item % p.groups;
-    const int64_t x = r * p.x.ld + g * p.width, dout = r * p.dout.ld + g * p.width, dx = r * p.dx.ld + g * p.width;
-    float squares = 0, projection = 0;
-    for (int64_t i = threadIdx.x; i < p.width; i += THREADS) {
-      const float v = load(p.x, x + i);
-      squares += v * v;
-      projection += v * load(p.dout, dout + i) * load(p.weight, i);
-    }
-    const float n = static_cast<float>(p.width), inverse = rsqrtf(block_sum(squares) / n + p.eps);
-    const float c = inverse * inverse * block_sum(projection) / n;
-    for (int64_t i = threadIdx.x; i < p.width; i += THREADS) {
-      const float v = load(p.x, x + i), d = load(p.dout, dout + i);
-      if (partial) partial[i] += d * v * inverse;  // this thread's own columns
-      const float gradient = inverse * (d * load(p.weight, i) - v * c);
-      store(p.dx, dx + i, p.accumulate ? load(p.dx, dx + i) + gradient : gradient);
-    }
-  }
-}
-__global__ void add_partials_kernel(const float* partial, float* out, int64_t parts, int64_t width) {
-  const int64_t i = blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x;
-  if (i >= width) return;
-  float sum = 0;
-  for (int64_t part = 0; part < parts; part++) sum += partial[part * width + i];
-  out[i] += sum;
-}
-
-/* 32 columns per block, 8 threads down each; then their sums in order. */
-__global__ void sum_rows_kernel(RowsLaunch p) {
+/* 32 columns per block, 8 warps down the rows of this block's part; then their sums in order. */
+__global__ void sum_rows_kernel(RowTensor a, int64_t rows, int64_t width, int64_t rows_per_part, RowTensor out, bool accumulate) {
   __shared__ float sums[8][33];
   const int tx = threadIdx.x % 32, ty = threadIdx.x / 32;
   const int64_t column = blockIdx.x * 32ll + tx;
+  const int64_t first = blockIdx.y * rows_per_part, last = min(first + rows_per_part, rows);
   float sum = 0;
-  if (column < p.width)
-    for (int64_t r = ty; r < p.rows; r += 8) sum += load(p.a, r * p.a.ld + column);
+  if (column < width)
+#pragma unroll 4
+    for (int64_t r = first + ty; r < last; r += 8) sum += load_any(a, r * a.ld + column);
   sums[ty][tx] = sum;
   __syncthreads();
-  if (ty != 0 || column >= p.width) return;
-  sum = p.accumulate ? load(p.out, column) : 0;
+  if (ty != 0 || column >= width) return;
+  sum = accumulate ? load_any(out, column) : 0;
 #pragma unroll
   for (int i = 0; i < 8; i++) sum += sums[i][tx];
-  store(p.out, column, sum);
+  store_any(out, blockIdx.y * out.ld + column, sum);
 }
 
-__global__ void gather_kernel(EmbeddingLaunch p) {
+__global__ void gather_kernel(EmbeddingLaunch p, bool wide) {
   for (int64_t i = blockIdx.x; i < p.n; i += gridDim.x) {
     const int32_t id = p.ids[i];
     const bool valid = id >= 0 && id < p.vocab;
-    for (int64_t j = threadIdx.x; j < p.width; j += THREADS) store(p.rows, i * p.rows.ld + j, valid ? load(p.table, id * p.table.ld + j) : __int_as_float(0x7fc00000));
+    if (wide) {
+      for (int64_t j = threadIdx.x * 8; j < p.width; j += THREADS * 8) {
+        float v[8];
+        if (valid) load8(p.table, id * p.table.ld + j, v);
+        else
+          for (float& e : v) e = __int_as_float(0x7fc00000);
+        store8(p.rows, i * p.rows.ld + j, v);
+      }
+    } else {
+      for (int64_t j = threadIdx.x; j < p.width; j += THREADS)
+        store_any(p.rows, i * p.rows.ld + j, valid ? load_any(p.table, id * p.table.ld + j) : __int_as_float(0x7fc00000));
+    }
   }
 }
 
-/* A thread owns a column and takes tokens in order: no two threads meet, and the order is fixed. */
-__global__ void scatter_kernel(EmbeddingLaunch p) {
-  const int64_t j = blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x;
-  if (j >= p.width) return;
-  float* table = static_cast<float*>(p.table.data);
-  for (int64_t i = 0; i < p.n; i++) {
-    const int32_t id = p.ids[i];
-    if (id >= 0 && id < p.vocab) table[id * p.table.ld + j] += load(p.rows, i * p.rows.ld + j);
+/* A block per token of [first, first + count). The first token with an id adds up all of that id, in their order; the others do nothing. */
+__global__ void scatter_kernel(EmbeddingLaunch p, int64_t first, int64_t count) {
+  const int32_t* ids = p.ids + first;
+  const int64_t mine = blockIdx.x;
+  const int32_t id = ids[mine];
+  if (id < 0 || id >= p.vocab) return;
+  bool earlier = false;
+  for (int64_t i = threadIdx.x; i < mine; i += THREADS) earlier |= ids[i] == id;
+  if (__syncthreads_or(earlier)) return;
+  __shared__ int64_t found[THREADS];
+  __shared__ int warps[THREADS / 32];
+  float* row = static_cast<float*>(p.table.data) + id * p.table.ld;
+  for (int64_t base = mine; base < count; base += THREADS) {
+    // The next 256 tokens: those of this id, in order.
+    const int64_t i = base + threadIdx.x;
+    const bool hit = i < count && ids[i] == id;
+    const unsigned hits = __ballot_sync(~0u, hit);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = __popc(hits);
+    __syncthreads();
+    int before = 0, total = 0;
+    for (int w = 0; w < THREADS / 32; w++) {
+      if (w < static_cast<int>(threadIdx.x / 32)) before += warps[w];
+      total += warps[w];
+    }
+    if (hit) found[before + __popc(hits & ((1u << threadIdx.x % 32) - 1))] = first + i;
+    __syncthreads();
+    if (total > 0)
+      for (int64_t j = threadIdx.x; j < p.width; j += THREADS) {
+        float sum = row[j];
+#pragma unroll 4
+        for (int t = 0; t < total; t++) sum += load_any(p.rows, found[t] * p.rows.ld + j);
+        row[j] = sum;
+      }
+    __syncthreads();
   }
 }
 
@@ -117,32 +88,40 @@ unsigned capped(int64_t n, int64_t most) { return static_cast<unsigned>(n < most
 
 }  // namespace
 
-int launch_rms_norm(const NormLaunch& p, void* stream) {
-  if (p.rows * p.groups == 0) return 0;
-  rms_norm_kernel<<<capped(p.rows * p.groups, 132 * 16), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  return cudaGetLastError();
+int64_t sum_rows_parts(int64_t rows) {
+  const int64_t parts = rows / 128;
+  return parts < 1 ? 1 : parts > 64 ? 64 : parts;
 }
-int launch_rms_norm_backward(const NormLaunch& p, void* stream) {
-  if (p.rows * p.groups == 0) return 0;
-  const auto s = static_cast<cudaStream_t>(stream);
-  const unsigned blocks = capped(p.rows * p.groups, p.dweight ? p.partials : 132 * 16);
-  rms_norm_backward_kernel<<<blocks, THREADS, 0, s>>>(p);
-  if (p.dweight) add_partials_kernel<<<static_cast<unsigned>((p.width + THREADS - 1) / THREADS), THREADS, 0, s>>>(p.partial, p.dweight, blocks, p.width);
-  return cudaGetLastError();
-}
+
 int launch_sum_rows(const RowsLaunch& p, void* stream) {
   if (p.width == 0) return 0;
-  sum_rows_kernel<<<static_cast<unsigned>((p.width + 31) / 32), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  const auto s = static_cast<cudaStream_t>(stream);
+  const auto columns = static_cast<unsigned>((p.width + 31) / 32);
+  const int64_t parts = sum_rows_parts(p.rows), per_part = (p.rows + parts - 1) / parts;
+  if (parts == 1) {
+    sum_rows_kernel<<<columns, THREADS, 0, s>>>(p.a, p.rows, p.width, p.rows, p.out, p.accumulate);
+  } else {
+    const RowTensor partial{p.partial, LCTX_F32, p.width};
+    sum_rows_kernel<<<dim3(columns, static_cast<unsigned>(parts)), THREADS, 0, s>>>(p.a, p.rows, p.width, per_part, partial, false);
+    sum_rows_kernel<<<columns, THREADS, 0, s>>>(partial, parts, p.width, parts, p.out, p.accumulate);
+  }
   return cudaGetLastError();
 }
+
 int launch_embedding_gather(const EmbeddingLaunch& p, void* stream) {
   if (p.n == 0) return 0;
-  gather_kernel<<<capped(p.n, 132 * 16), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  const bool wide = vectors(p.table, p.width) && vectors(p.rows, p.width);
+  gather_kernel<<<capped(p.n, 132 * 16), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(p, wide);
   return cudaGetLastError();
 }
 int launch_embedding_scatter_add(const EmbeddingLaunch& p, void* stream) {
-  if (p.n == 0 || p.width == 0) return 0;
-  scatter_kernel<<<static_cast<unsigned>((p.width + THREADS - 1) / THREADS), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  if (p.width == 0) return 0;
+  // Looking for an id's first token costs tokens squared: pieces keep that far below the cost of the rows themselves.
+  constexpr int64_t kPiece = 16384;
+  for (int64_t first = 0; first < p.n; first += kPiece) {
+    const int64_t count = p.n - first < kPiece ? p.n - first : kPiece;
+    scatter_kernel<<<static_cast<unsigned>(count), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(p, first, count);
+  }
   return cudaGetLastError();
 }
 

@@ -15,6 +15,7 @@ interface CudaNative {
   cudaStreamDestroy(stream: bigint): void;
   cudaStreamWait(stream: bigint, event: bigint): void;
   cudaStreamSync(stream: bigint, id: number): Promise<void>;
+  cudaStreamSynchronize(stream: bigint): void;
   cudaEventCreate(id: number, timing: boolean): bigint;
   cudaEventDestroy(event: bigint): void;
   cudaEventRecord(event: bigint, stream: bigint): void;
@@ -43,11 +44,11 @@ export interface DeviceInfo {
 /** Work in order on one device. */
 export class Stream implements Disposable {
   readonly device: Device;
-  /** cudaStream_t, or 0n on the CPU. */
-  readonly handle: bigint;
+  private readonly pointer: bigint;
   private readonly id: number;
   private readonly owned: boolean;
   private closed = false;
+  private waiting = 0;
 
   /** @param handle an existing cudaStream_t to use; it stays its owner's. @throws ERR_LC_NO_DRIVER and its kin for cuda without a usable GPU */
   constructor(device: DeviceLike = 'cpu', handle?: bigint) {
@@ -56,7 +57,13 @@ export class Stream implements Disposable {
     this.id = id;
     this.owned = type === 2 && handle === undefined;
     if (type === 2) requireDevice(name);
-    this.handle = type === 2 ? (handle ?? native().cudaStreamCreate(id)) : 0n;
+    this.pointer = type === 2 ? (handle ?? native().cudaStreamCreate(id)) : 0n;
+  }
+
+  /** cudaStream_t, or 0n on the CPU. @throws ERR_LC_DISPOSED */
+  get handle(): bigint {
+    this.check('handle');
+    return this.pointer;
   }
 
   /** dst = src, ordered on this stream; between host and device asynchronous when the host side is pinned (device 'host'). */
@@ -67,24 +74,42 @@ export class Stream implements Disposable {
 
   /** Later work of this stream starts after what `event` recorded. */
   wait(event: Event): void {
-    this.check('wait');
-    if (this.handle && event.handle) native().cudaStreamWait(this.handle, event.handle);
+    const [stream, other] = [this.handle, event.handle];
+    if (stream && other) native().cudaStreamWait(stream, other);
   }
 
-  /** Resolves when everything queued so far is done. @throws ERR_LC_CUDA when some of it failed */
+  /** Resolves when everything queued so far is done; JavaScript goes on meanwhile. @throws ERR_LC_CUDA when some of it failed */
   async sync(): Promise<void> {
-    this.check('sync');
-    if (this.handle) await native().cudaStreamSync(this.handle, this.id);
+    const stream = this.handle;
+    if (!stream) return;
+    this.waiting++;
+    try {
+      await native().cudaStreamSync(stream, this.id);
+    } finally {
+      this.waiting--;
+      this.destroy();
+    }
   }
 
-  /** The driver finishes what is queued, then frees the stream. */
+  /** As `sync`, but blocks. */
+  synchronize(): void {
+    const stream = this.handle;
+    if (stream) native().cudaStreamSynchronize(stream);
+  }
+
+  /** The driver finishes what is queued, then frees the stream. Using it afterwards throws ERR_LC_DISPOSED. */
   dispose(): void {
     if (this.closed || !this.owned) return;
     this.closed = true;
-    native().cudaStreamDestroy(this.handle);
+    this.destroy();
   }
   [Symbol.dispose](): void {
     this.dispose();
+  }
+
+  /** A thread may still be waiting for the stream: the last one out frees it. */
+  private destroy(): void {
+    if (this.closed && this.waiting === 0) native().cudaStreamDestroy(this.pointer);
   }
 
   private check(op: string): void {
@@ -95,44 +120,72 @@ export class Stream implements Disposable {
 /** A point in a stream. */
 export class Event implements Disposable {
   readonly device: Device;
-  /** cudaEvent_t, or 0n on the CPU. */
-  readonly handle: bigint;
+  private readonly pointer: bigint;
   private readonly id: number;
   private closed = false;
+  private waiting = 0;
 
+  /** @throws ERR_LC_NO_DRIVER and its kin for cuda without a usable GPU */
   constructor(device: DeviceLike = 'cpu', options: { timing?: boolean } = {}) {
     const { device: name, type, id } = parseDevice(device);
     this.device = name;
     this.id = id;
     if (type === 2) requireDevice(name);
-    this.handle = type === 2 ? native().cudaEventCreate(id, options.timing ?? false) : 0n;
+    this.pointer = type === 2 ? native().cudaEventCreate(id, options.timing ?? false) : 0n;
   }
 
+  /** cudaEvent_t, or 0n on the CPU. @throws ERR_LC_DISPOSED */
+  get handle(): bigint {
+    if (this.closed) throw new LcTypeError('ERR_LC_DISPOSED', `Event: the event on ${this.device} was disposed`);
+    return this.pointer;
+  }
+
+  /** @throws ERR_LC_DEVICE where the stream is on another device */
   record(stream: Stream): void {
-    if (this.handle) native().cudaEventRecord(this.handle, stream.handle);
+    const [event, at] = [this.handle, stream.handle];
+    if (event && stream.device !== this.device) {
+      throw new LcTypeError('ERR_LC_DEVICE', `Event.record: an event on ${this.device} cannot record a stream on ${stream.device}`);
+    }
+    if (event) native().cudaEventRecord(event, at);
   }
 
   /** Whether everything before it is done. */
   query(): boolean {
-    return this.handle ? native().cudaEventQuery(this.handle) : true;
+    const event = this.handle;
+    return event ? native().cudaEventQuery(event) : true;
   }
 
+  /** Resolves when everything before it is done; JavaScript goes on meanwhile. @throws ERR_LC_CUDA when some of it failed */
   async sync(): Promise<void> {
-    if (this.handle) await native().cudaEventSync(this.handle, this.id);
+    const event = this.handle;
+    if (!event) return;
+    this.waiting++;
+    try {
+      await native().cudaEventSync(event, this.id);
+    } finally {
+      this.waiting--;
+      this.destroy();
+    }
   }
 
   /** Milliseconds of device time from `earlier` to this event; both made with `timing`, both done. */
   elapsedSince(earlier: Event): number {
-    return this.handle ? native().cudaEventElapsed(earlier.handle, this.handle) : 0;
+    const [event, before] = [this.handle, earlier.handle];
+    return event ? native().cudaEventElapsed(before, event) : 0;
   }
 
+  /** Using it afterwards throws ERR_LC_DISPOSED. */
   dispose(): void {
-    if (this.closed || !this.handle) return;
+    if (this.closed || !this.pointer) return;
     this.closed = true;
-    native().cudaEventDestroy(this.handle);
+    this.destroy();
   }
   [Symbol.dispose](): void {
     this.dispose();
+  }
+
+  private destroy(): void {
+    if (this.closed && this.waiting === 0) native().cudaEventDestroy(this.pointer);
   }
 }
 

@@ -1,0 +1,6 @@
+/* Tiles of 256 x 128: large products. */
+#include "gemm_bf16.cuh"
+
+namespace lctx::cuda {
+int launch_gemm_bf16_large(const GemmLaunch& p, cudaStream_t stream) { return launch_gemm_layouts<GemmLarge, true>(p, stream); }
+}  // namespace lctx::cuda
