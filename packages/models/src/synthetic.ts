@@ -140,7 +140,15 @@ export async function syntheticModel(preset: string, options: SyntheticOptions =
   const experts = expertLayoutOf(config, () => false);
   const tensors = expectedTensors(config, experts).map(({ name, shape, raw }): TensorInfo => {
     const dtype: DType = raw ? 'u8' : 'bf16';
-    return { name, shape, dtype, fileDtype: raw ? 'U8' : 'BF16', offset: 0, file: '(random weights)', nbytes: shape.reduce((a, b) => a * b, 1) * dtypeBytes[dtype] };
+    return {
+      name,
+      shape,
+      dtype,
+      fileDtype: raw ? 'U8' : 'BF16',
+      offset: 0,
+      file: '(random weights)',
+      nbytes: shape.reduce((a, b) => a * b, 1) * dtypeBytes[dtype],
+    };
   });
   using reader = new RandomWeights(tensors);
   const scope = new Scope();
