@@ -70,6 +70,13 @@ export function loadTokenizer(folder: string): Tokenizer {
   const definition = readJson(join(folder, 'tokenizer.json'));
   const configFile = join(folder, 'tokenizer_config.json');
   const config = existsSync(configFile) ? readJson(configFile) : {};
+  const vocab = (definition.model as { vocab?: unknown } | undefined)?.vocab;
+  if (vocab === null || typeof vocab !== 'object') {
+    throw new LcError(
+      'ERR_LC_TOKENIZER',
+      `${join(folder, 'tokenizer.json')}: model.vocab must be an object or a list of tokens; fetch the file again`,
+    );
+  }
   let tokenizer: HfTokenizer;
   try {
     tokenizer = new HfTokenizer(definition, config);

@@ -54,6 +54,7 @@ describe('loadTokenizer', () => {
     ['broken JSON', 'broken', '{"model": '],
     ['JSON of another kind', 'other', '[1, 2]'],
     ['no tokenizer at all', 'empty', '{}'],
+    ['a vocabulary that is none', 'vocab', '{"model":{"type":"BPE","vocab":5,"merges":[]}}'],
   ])('%s is a typed error that names the file', (_, name, content) => {
     const folder = join(dir, name);
     if (content !== undefined) file(`${name}/tokenizer.json`, content);

@@ -12,12 +12,12 @@ export class FieldReader {
     return this.json[key] === undefined || this.json[key] === null;
   }
 
-  /** A whole number of at least `min`; `fallback` where the field is absent or null (required without one). */
-  int(key: string, fallback?: number, min = 1): number {
+  /** A whole number from `min` to `max` (a config is not trusted: sizes are bounded before anything is made from them); `fallback` where the field is absent or null (required without one). */
+  int(key: string, fallback?: number, min = 1, max = 2 ** 31 - 1): number {
     if (this.absent(key)) return fallback ?? this.fail(key, 'a whole number', min);
     const value = this.json[key];
-    if (typeof value !== 'number' || !Number.isSafeInteger(value) || value < min)
-      return this.fail(key, `a whole number of at least ${min}`, fallback ?? min);
+    if (typeof value !== 'number' || !Number.isSafeInteger(value) || value < min || value > max)
+      return this.fail(key, `a whole number from ${min} to ${max}`, fallback ?? min);
     return value;
   }
   /** As `int`, under the first of several spellings that is present. */

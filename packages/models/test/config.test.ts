@@ -23,6 +23,19 @@ const failure = (json: unknown): { code?: string; message: string } => {
 };
 
 describe('parseModelConfig', () => {
+  it('bounds sizes before it makes anything from them', () => {
+    const { raw } = readModelConfig(`${fixtures}llama`);
+    for (const [key, value] of [
+      ['num_hidden_layers', 1e15],
+      ['num_hidden_layers', 100_000],
+      ['vocab_size', 2 ** 40],
+    ] as const) {
+      expect(() => parseModelConfig({ ...raw, [key]: value })).toThrow(
+        expect.objectContaining({ code: expect.stringMatching(/^ERR_LC_/), message: expect.stringContaining(key) }),
+      );
+    }
+  });
+
   it('reads every reference model', () => {
     const folders = readdirSync(fixtures).filter((name) => existsSync(`${fixtures}${name}/config.json`));
     expect(folders).toHaveLength(12);
