@@ -6,10 +6,10 @@
 namespace attention::cuda {
 namespace {
 
-template <int HD_, int MI_, int WARPS_, int BM_, int CTAS_, bool ROUNDED_ = false>
+template <int HD_, int MI_, int WARPS_, int BM_, int CTAS_, bool ROUNDED_>
 struct Config {
   static constexpr int HD = HD_, MI = MI_, WARPS = WARPS_, BM = BM_, CTAS = CTAS_, THREADS = WARPS * 32, BN = MI * 16 * WARPS;
-  static constexpr bool ROUNDED = ROUNDED_;
+  static constexpr bool ROUNDED = ROUNDED_;  // dS from P as it was rounded for dV, which takes half the registers
   static constexpr int KEYS = BN * HD * 2, TILE = BM * HD * 2, SMEM = 2 * KEYS + 4 * TILE + 2 * BM * 16;
   static_assert(BM <= THREADS, "one thread per row");
 };
@@ -37,8 +37,6 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) kv_kernel(const __grid_co
   }
   if (begin >= end) return;
   const int row_begin = begin * group, row_end = end * group;
-  // Queries that see all of the keys, unless something else hides one: from here on no key lies after the query.
-  const int causal_open = key0 + BN - 1 - p.start;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   const uint32_t sk = smem_address(smem), sv = sk + C::KEYS, sq = sv + C::KEYS, sdo = sq + 2 * C::TILE;
@@ -68,11 +66,12 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) kv_kernel(const __grid_co
   };
   struct Row { float lse, delta; int2 keys; };
   auto fetch = [&](int row0) -> Row {
-    const int row = row0 + static_cast<int>(threadIdx.x);
-    if (threadIdx.x >= BM || row >= row_end) return {INFINITY, 0, make_int2(0, 0x7fffffff)};  // probability 0
-    const int query = query_of(p, row);
+    if (threadIdx.x >= BM) return {};
+    const int row = row0 + static_cast<int>(threadIdx.x), query = query_of(p, min(row, row_end - 1));
     const int64_t at = static_cast<int64_t>(query) * p.heads + head0 + (row - query * group);
-    return {b.lse[at] * kLog2e, b.delta[at], make_int2(first_key(p, query), p.start + query)};
+    const int2 see = make_int2(first_key(p, query), p.start + query);
+    if (row >= row_end) return {INFINITY, 0, see};  // probability 0
+    return {b.lse[at] * kLog2e, b.delta[at], see};
   };
   auto keep = [&](int stage, const Row& row) {
     if (threadIdx.x >= BM) return;
@@ -100,6 +99,16 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) kv_kernel(const __grid_co
     const uint32_t tq = sq + stage * C::TILE, tdo = sdo + stage * C::TILE;
     const int column = stage * BM + lane % 4 * 2;  // this lane's first row of the tile
 
+    const int2 see_first = row_keys[stage * BM], see_last = row_keys[stage * BM + BM - 1];
+    const bool masked = see_first.y < key0 + BN - 1 || see_last.x > key0;
+    if (masked) {  // none of this warp's keys is seen from here
+      const int low = key0 + warp * MI * 16;
+      if (low > see_last.y || low + MI * 16 <= see_first.x) {
+        if (more) keep(stage ^ 1, next);
+        continue;
+      }
+    }
+
     // P^T = exp(scale K Q^T - lse)
     float s[MI][BM / 8][4] = {};
 #pragma unroll
@@ -118,8 +127,6 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) kv_kernel(const __grid_co
         }
       }
     }
-    const int query0 = query_of(p, row0), query1 = query_of(p, min(row0 + BM, row_end) - 1);
-    const bool masked = query0 < causal_open || first_key(p, query1) > key0;
 #pragma unroll
     for (int j = 0; j < BM / 8; j++) {
       const float2 lse = *reinterpret_cast<const float2*>(row_lse + column + j * 8);
@@ -190,7 +197,6 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) kv_kernel(const __grid_co
       for (int i = 0; i < MI; i++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-          // P as it was rounded for dV: half the registers.
           const uint32_t pair = pp[j / 2][i][j % 2 * 2 + e / 2];
           const float prob = __uint_as_float(e % 2 ? pair & 0xffff0000u : pair << 16);
           d[i][j][e] = (C::ROUNDED ? prob : s[i][j][e]) * (d[i][j][e] - (e % 2 ? delta.y : delta.x));
@@ -256,10 +262,12 @@ int start(const Backward& b, void* stream) {
 }  // namespace
 
 int backward_kv(const Backward& b, void* stream) {
-  if (b.p.dim <= 32) return start<Config<32, 2, 4, 64, 2>>(b, stream);
-  if (b.p.dim <= 64) return start<Config<64, 2, 4, 32, 2>>(b, stream);
-  if (b.p.dim <= 96) return start<Config<96, 1, 8, 32, 1>>(b, stream);
-  return start<Config<128, 1, 8, 32, 1>>(b, stream);
+  if (b.p.dim <= 32) return start<Config<32, 2, 4, 64, 2, true>>(b, stream);
+  // Twice the keys halve the traffic of q and dout, but a window would cut more of such a tile.
+  if (b.p.dim <= 64 && b.p.window == 0 && b.p.start + b.p.n >= 4096) return start<Config<64, 2, 8, 64, 1, true>>(b, stream);
+  if (b.p.dim <= 64) return start<Config<64, 2, 4, 64, 2, true>>(b, stream);
+  if (b.p.dim <= 96) return start<Config<96, 1, 4, 64, 1, true>>(b, stream);
+  return start<Config<128, 1, 4, 64, 1, true>>(b, stream);
 }
 
 }  // namespace attention::cuda

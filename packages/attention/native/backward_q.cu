@@ -81,6 +81,10 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) q_kernel(const __grid_con
         }
       first = false;
     }
+    const int key0 = step * BN;
+    const bool masked = key0 + BN > open_end || key0 < open_begin;
+    // None of these keys is seen by this warp's rows.
+    if (masked && (key0 > visible[warp * MI * 16 + MI * 16 - 1].y || key0 + BN <= visible[warp * MI * 16].x)) continue;
     const uint32_t tk = sk + stage * C::TILE, tv = sv + stage * C::TILE;
     float s[MI][BN / 8][4] = {}, d[MI][BN / 8][4] = {};
 #pragma unroll
@@ -106,8 +110,7 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) q_kernel(const __grid_con
       for (int j = 0; j < BN / 8; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) s[i][j][e] = exp2_fast(fmaf(s[i][j][e], c, -lse[i][e / 2]));
-    const int key0 = step * BN;
-    if (key0 + BN > open_end || key0 < open_begin) {
+    if (masked) {
 #pragma unroll
       for (int i = 0; i < MI; i++)
 #pragma unroll
@@ -188,9 +191,9 @@ int start(const Backward& b, void* stream) {
 
 int backward_q(const Backward& b, void* stream) {
   if (b.p.dim <= 32) return start<Config<32, 2, 4, 64, 2, false>>(b, stream);
-  if (b.p.dim <= 64) return start<Config<64, 2, 4, 32, 2, true>>(b, stream);
-  if (b.p.dim <= 96) return start<Config<96, 1, 8, 32, 1, false>>(b, stream);
-  return start<Config<128, 1, 8, 32, 1, false>>(b, stream);
+  if (b.p.dim <= 64) return start<Config<64, 2, 4, 64, 2, false>>(b, stream);
+  if (b.p.dim <= 96) return start<Config<96, 2, 4, 32, 1, false>>(b, stream);
+  return start<Config<128, 2, 4, 32, 1, false>>(b, stream);
 }
 
 }  // namespace attention::cuda

@@ -72,6 +72,11 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) forward_kernel(const __gr
       first = false;
     }
 
+    const int key0 = step * BN;
+    const bool masked = key0 + BN > open_end || key0 < open_begin;
+    // None of these keys is seen by this warp's rows.
+    if (masked && (key0 > visible[warp * MI * 16 + MI * 16 - 1].y || key0 + BN <= visible[warp * MI * 16].x)) continue;
+
     float s[MI][BN / 8][4] = {};
 #pragma unroll
     for (int kk = 0; kk < KK; kk++) {
@@ -98,8 +103,7 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) forward_kernel(const __gr
 #pragma unroll
           for (int e = 0; e < 4; e++) s[i][j][e] = -s[i][j][e];
     }
-    const int key0 = step * BN;
-    if (key0 + BN > open_end || key0 < open_begin) {
+    if (masked) {
 #pragma unroll
       for (int i = 0; i < MI; i++)
 #pragma unroll

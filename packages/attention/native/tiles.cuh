@@ -128,7 +128,7 @@ struct KeyTiles {
 __device__ __forceinline__ int first_key(const Problem& p, int i) {
   int low = p.doc_start ? max(0, p.doc_start[i]) : 0;  // the host has not looked at device memory
   if (p.window > 0) low = max(low, p.start + i - p.window + 1);
-  return low;
+  return min(low, p.start + i);
 }
 
 /* Four lanes hold two neighbouring columns of each of four 8-column blocks; afterwards lane l holds all eight columns of block l. */
