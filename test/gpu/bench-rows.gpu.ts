@@ -113,10 +113,8 @@ export async function benchRows(): Promise<void> {
   // Uneven, as routers are.
   const share = Array.from({ length: experts }, (_, e) => 1 / (e + 4));
   const total = share.reduce((s, v) => s + v, 0);
-  let at = 0;
-  using offsets = indices(
-    Int32Array.from([0, ...share.map((v, e) => (e === experts - 1 ? rows : Math.round((rows * (at += v)) / total)))]),
-  );
+  const ends = share.map((_, e) => Math.round((rows * share.slice(0, e + 1).reduce((s, v) => s + v, 0)) / total));
+  using offsets = indices(Int32Array.from([0, ...ends]));
   const flop = 2 * rows * width * n;
   await product('grouped, 32 experts, 65,536 rows, x W^T', flop, () => groupedGemm({ a: xs, b: ws, c: ys, offsets, transB: true }));
   await product('grouped, x W', flop, () => groupedGemm({ a: xs, b: ws, c: ys, offsets }));

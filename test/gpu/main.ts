@@ -1,6 +1,7 @@
 /** The bundle's program. */
 import { benchAttention } from './bench-attention.gpu.js';
 import { benchGemm } from './bench-gemm.gpu.js';
+import { benchRows } from './bench-rows.gpu.js';
 import { benchStep } from './bench-step.gpu.js';
 import { runTests } from './harness.js';
 import { gpuParity } from './parity.gpu.js';
@@ -10,7 +11,7 @@ import './ops.gpu.js';
 import './attention.gpu.js';
 
 const usage =
-  'usage: ./run test [filter] | ./run parity DIR | ./run bench gemm|attention | ./run bench step [--tokens N] ... | ./run train MODEL_DIR TEXT_DIR [steps]';
+  'usage: ./run test [filter] | ./run parity DIR | ./run bench gemm|rows|attention | ./run bench step [--tokens N] ... | ./run train MODEL_DIR TEXT_DIR [steps]';
 
 async function main([command, what = '', ...rest]: string[]): Promise<number> {
   if (command === 'test') return (await runTests(what)) ? 0 : 1;
@@ -21,6 +22,10 @@ async function main([command, what = '', ...rest]: string[]): Promise<number> {
   }
   if (command === 'bench' && what === 'gemm') {
     await benchGemm();
+    return 0;
+  }
+  if (command === 'bench' && what === 'rows') {
+    await benchRows();
     return 0;
   }
   if (command === 'bench' && what === 'step') {
