@@ -1,6 +1,6 @@
 /* RMSNorm, forward and backward. Sums run in an order that the shape alone fixes: the same bits every time.
  *
- * A group of threads (a warp for narrow rows, else a block) holds a whole row in registers, eight elements per thread and piece: a row is read once. Rows that
+ * A group of threads (8 for heads of 64, a warp, or a block) holds a whole row in registers, eight elements per thread and piece: a row is read once. Rows that
  * cannot be taken eight elements at a time, or are wider than 8,192, take the plain kernels. */
 #include <cuda_runtime.h>
 
@@ -15,17 +15,20 @@ constexpr int THREADS = 128;
 /* Sum over GROUP threads, for every one of them. */
 template <int GROUP>
 __device__ __forceinline__ float group_sum(float v) {
+  // Groups of one warp may be at different rows, or done.
+  const unsigned mask = GROUP >= 32 ? ~0u : ((1u << GROUP % 32) - 1) << (threadIdx.x % 32 / GROUP * GROUP);
 #pragma unroll
-  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
-  if constexpr (GROUP == 32) return v;
-  __shared__ float warps[GROUP / 32];
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
-  __syncthreads();
-  float sum = 0;
+  for (int o = GROUP < 32 ? GROUP / 2 : 16; o; o >>= 1) v += __shfl_xor_sync(mask, v, o);
+  if constexpr (GROUP > 32) {
+    __shared__ float warps[GROUP / 32];
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = 0;
 #pragma unroll
-  for (int w = 0; w < GROUP / 32; w++) sum += warps[w];
-  return sum;
+    for (int w = 0; w < GROUP / 32; w++) v += warps[w];
+  }
+  return v;
 }
 
 struct Item {
@@ -161,7 +164,9 @@ bool wide(const NormLaunch& p, bool backward) {
 /* fn.template operator()<GROUP, PIECES>() of the smallest that holds a row. */
 template <class Fn>
 void by_width(int64_t width, Fn fn) {
-  if (width <= 256) fn.template operator()<32, 1>();
+  if (width <= 64) fn.template operator()<8, 1>();
+  else if (width <= 128) fn.template operator()<16, 1>();
+  else if (width <= 256) fn.template operator()<32, 1>();
   else if (width <= 1024) fn.template operator()<32, 4>();
   else if (width <= 3072) fn.template operator()<128, 3>();
   else if (width <= 5120) fn.template operator()<128, 5>();
@@ -190,9 +195,11 @@ struct Backward {
 }  // namespace
 
 int64_t rms_norm_partials(const NormLaunch& p) {
-  const int64_t items = p.rows * p.groups, most = p.width <= 1024 ? 132 * 16 : 132 * 4;  // a warp or a block each
-  const int64_t n = items < most ? items : most;
-  return wide(p, true) && p.width <= 1024 ? (n + 3) / 4 * 4 : n;
+  const int64_t items = p.rows * p.groups;
+  if (!wide(p, true) || p.width > 1024) return items < 132 * 4 ? items : 132 * 4;  // a block each
+  const int64_t per_block = THREADS / (p.width <= 64 ? 8 : p.width <= 128 ? 16 : 32);
+  const int64_t blocks = (items + per_block - 1) / per_block;
+  return (blocks < 132 * 8 ? blocks : 132 * 8) * per_block;
 }
 
 int launch_rms_norm(const NormLaunch& p, void* stream) {
