@@ -10,10 +10,12 @@
 #include <cstdint>
 
 #include "cuda_kernels.h"
+#include "lctx/shared_memory.h"
 
 namespace attention::cuda {
 
 using bf16 = __nv_bfloat16;
+using lctx::cuda::allow_shared_memory;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.69314718055994531f;
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -155,9 +157,6 @@ __device__ __forceinline__ void store_row(bf16* to, const float (&acc)[HD / 8][4
     if (to != nullptr && column < dim) *reinterpret_cast<uint4*>(to + column) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
   }
 }
-
-/* Lets a kernel use `bytes` of shared memory, once per device. */
-int allow_shared_memory(const void* kernel, int bytes);
 
 template <class K, class P>
 int launch(K* kernel, int64_t blocks, int threads, int bytes, const P& p, void* stream) {

@@ -2,26 +2,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
-#include <set>
-#include <utility>
 
 #include "gemm_bf16.cuh"
 
 namespace lctx::cuda {
-
-int allow_shared_memory(const void* kernel, int bytes) {
-  if (bytes <= 48 << 10) return cudaSuccess;
-  int device = 0;
-  if (const cudaError_t e = cudaGetDevice(&device)) return e;
-  static std::mutex mutex;
-  static auto* done = new std::set<std::pair<const void*, int>>();
-  std::lock_guard<std::mutex> lock(mutex);
-  if (done->count({kernel, device})) return cudaSuccess;
-  const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (e == cudaSuccess) done->insert({kernel, device});
-  return e;
-}
 
 uint32_t multiprocessors() {
   int device = 0, count = 0;

@@ -11,6 +11,7 @@
 
 #include "cuda_kernels.h"
 #include "gemm_tiles.cuh"
+#include "lctx/shared_memory.h"
 
 namespace lctx::cuda {
 

@@ -107,8 +107,6 @@ __device__ __forceinline__ void store_c(const GemmLaunch& p, int64_t at, float v
   }
 }
 
-/* More than 48 KiB must be asked for, once per kernel and device. */
-int allow_shared_memory(const void* kernel, int bytes);
 /* Of the current device. */
 uint32_t multiprocessors();
 
