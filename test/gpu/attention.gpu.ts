@@ -4,8 +4,8 @@
  */
 import { attentionBackward, attentionForward, type RopeTable, reference, ropeBackward, ropeForward, ropeInit } from '@lc/attention';
 import { copy, type DType, empty, fill, fromTypedArray, Scope, type Tensor, Workspace, zeros } from '@lc/tensor';
+import { randomNormal as random } from '../../packages/tensor/src/seeded.js';
 import { assert, test } from './harness.js';
-import { random } from './random.js';
 
 const bits = new Float32Array(1);
 const word = new Uint32Array(bits.buffer);

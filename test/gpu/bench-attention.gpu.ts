@@ -1,7 +1,7 @@
 /** Attention at gpt-oss's heads (64 query, 8 K/V, head dim 64): causal TFLOP/s, 4 (forward) and 10 (backward) per visible pair, head and dim. */
 import { attentionBackward, attentionForward } from '@lc/attention';
 import { copy, type DType, defaultStream, devices, Event, empty, fill, fromTypedArray, Scope, type Tensor, Workspace } from '@lc/tensor';
-import { random } from './random.js';
+import { randomNormal as random } from '../../packages/tensor/src/seeded.js';
 
 async function time(fn: () => void): Promise<number> {
   using start = new Event('cuda', { timing: true });

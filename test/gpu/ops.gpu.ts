@@ -16,8 +16,8 @@ import {
   zeros,
 } from '@lc/tensor';
 import { TiledMLP, TiledMoE } from '@lc/tiled-mlp';
+import { randomNormal as random } from '../../packages/tensor/src/seeded.js';
 import { assert, test } from './harness.js';
-import { random } from './random.js';
 
 const count = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
 type Where = 'cpu' | 'cuda';

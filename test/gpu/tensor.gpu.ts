@@ -30,8 +30,8 @@ import {
   type Tensor,
   zeros,
 } from '@lc/tensor';
+import { randomNormal as random } from '../../packages/tensor/src/seeded.js';
 import { assert, test } from './harness.js';
-import { random } from './random.js';
 
 const count = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
 
