@@ -3,6 +3,9 @@ import {
   add,
   type Block,
   copy,
+  type DType,
+  dtypeBytes,
+  type Kept,
   type Layer,
   type LayerState,
   LcTypeError,
@@ -82,6 +85,12 @@ export class DecoderLayer implements Layer {
     return [...this.linears().flatMap((linear) => linear.parameters), ...this.mlpBlock.parameters];
   }
 
+  /** The attention output and its log-sum-exp; whole 16 bytes, so that every chunk's rows are aligned. Nothing where a window makes them cheap. */
+  keepBytes(dtype: DType): number {
+    const { numAttentionHeads: heads, headDim, window } = this.options;
+    return window === null ? Math.ceil((heads * (headDim * dtypeBytes[dtype] + 4)) / 16) * 16 : 0;
+  }
+
   open(tokens: number, pass: Pass, ws: Workspace): DecoderLayerState {
     const { numKeyValueHeads, headDim } = this.options;
     const shape = [tokens, numKeyValueHeads, headDim];
@@ -103,16 +112,15 @@ export class DecoderLayer implements Layer {
     this.mlpBlock.close();
   }
 
-  forward(x: Tensor, out: Tensor, at: Span, state: LayerState, ws: Workspace): void {
+  forward(x: Tensor, out: Tensor, at: Span, state: LayerState, ws: Workspace, kept: Kept | null = null): void {
     const s = this.stateOf(state, at);
     ws.scoped(() => {
-      const { n, attn, lse } = this.shapes(at, ws);
+      const { n, attn, lse } = this.shapes(at, ws, kept);
       const h = ws.alloc([n, this.options.hiddenSize]);
       ws.scoped(() => {
         const normed = this.normed(x, at, ws);
         this.keysAndValues(normed, at, s, ws);
-        const q = this.queries(normed, at, ws, null);
-        this.attend(q, attn, lse, at, s, ws);
+        if (!kept?.filled) this.attend(this.queries(normed, at, ws, null), attn, lse, at, s, ws);
       });
       this.attention.o.forward(attn, h, at, ws);
       add({ a: h, b: x, out: h });
@@ -125,7 +133,7 @@ export class DecoderLayer implements Layer {
     ws.scoped(() => this.keysAndValues(this.normed(x, at, ws), at, s, ws));
   }
 
-  backward(x: Tensor, dout: Tensor, dx: Tensor, at: Span, state: LayerState, ws: Workspace): void {
+  backward(x: Tensor, dout: Tensor, dx: Tensor, at: Span, state: LayerState, ws: Workspace, kept: Kept | null = null): void {
     const s = this.stateOf(state, at);
     const { dk: dkAll, dv: dvAll } = s;
     if (!dkAll || !dvAll)
@@ -133,12 +141,12 @@ export class DecoderLayer implements Layer {
     const { hiddenSize, numAttentionHeads: heads, numKeyValueHeads: kvHeads, headDim, rmsNormEps: eps, rope } = this.options;
     const { q: qProj, k: kProj, v: vProj, o: oProj, inputNorm, qNorm, kNorm, sinks } = this.attention;
     ws.scoped(() => {
-      const { n, attn, lse } = this.shapes(at, ws);
+      const { n, attn, lse } = this.shapes(at, ws, kept);
       const normed = this.normed(x, at, ws);
       // With QK norm the backward needs q and k as they were before it. K after it lies in the state; the raw K is projected again.
       const qRaw = qNorm ? ws.alloc([n, heads, headDim]) : null;
       const q = this.queries(normed, at, ws, qRaw);
-      this.attend(q, attn, lse, at, s, ws);
+      if (!kept?.filled) this.attend(q, attn, lse, at, s, ws);
       ws.scoped(() => {
         const h = ws.alloc([n, hiddenSize]);
         oProj.forward(attn, h, at, ws);
@@ -200,9 +208,18 @@ export class DecoderLayer implements Layer {
     return state as DecoderLayerState;
   }
 
-  private shapes(at: Span, ws: Workspace): { n: number; attn: Tensor; lse: Tensor } {
+  /** attn [n, heads * headDim] and lse [n, heads]: where they are kept, else in the workspace. */
+  private shapes(at: Span, ws: Workspace, kept: Kept | null): { n: number; attn: Tensor; lse: Tensor } {
     const { numAttentionHeads: heads, headDim } = this.options;
-    return { n: at.length, attn: ws.alloc([at.length, heads * headDim]), lse: ws.alloc([at.length, heads], 'f32') };
+    const n = at.length;
+    if (!kept) return { n, attn: ws.alloc([n, heads * headDim]), lse: ws.alloc([n, heads], 'f32') };
+    const bytes = kept.data.view([kept.data.nbytes]);
+    const attnBytes = n * heads * headDim * dtypeBytes[ws.dtype];
+    return {
+      n,
+      attn: bytes.rows(0, attnBytes).reinterpret(ws.dtype, [n, heads * headDim]),
+      lse: bytes.rows(attnBytes, 4 * n * heads).reinterpret('f32', [n, heads]),
+    };
   }
 
   private normed(x: Tensor, at: Span, ws: Workspace): Tensor {

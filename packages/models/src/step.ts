@@ -24,6 +24,8 @@ export interface TrainingSessionOptions {
   readonly ws: Workspace;
   /** Tiers of the activation store. Default: everything on the device. */
   readonly storeOptions?: LayerScheduleOptions['storeOptions'];
+  /** Keep the attention output of full-attention layers for backward, where memory allows. Default: nothing is kept. */
+  readonly keep?: LayerScheduleOptions['keep'];
   readonly prefetchAhead?: number;
   /** Only `evaluate` will be called: no checkpoints are kept. */
   readonly evaluateOnly?: boolean;
@@ -75,7 +77,7 @@ export class TrainingSession implements Disposable {
 
   /** @throws ERR_LC_ARGUMENT, ERR_LC_PLAN, ERR_LC_OUT_OF_MEMORY */
   constructor(options: TrainingSessionOptions) {
-    const { model, tokens, chunk, ws, lossChunk = 'auto', storeOptions, prefetchAhead, evaluateOnly, verifyRecompute } = options;
+    const { model, tokens, chunk, ws, lossChunk = 'auto', storeOptions, keep, prefetchAhead, evaluateOnly, verifyRecompute } = options;
     this.model = model;
     this.ws = ws;
     this.tokens = tokens;
@@ -85,6 +87,7 @@ export class TrainingSession implements Disposable {
         new LayerSchedule({
           ...{ layers: model.layers, tokens, chunk, width: model.config.hiddenSize, ws },
           ...(storeOptions ? { storeOptions } : {}),
+          ...(keep ? { keep } : {}),
           ...(prefetchAhead === undefined ? {} : { prefetchAhead }),
           ...(evaluateOnly ? { evaluateOnly } : {}),
           ...(verifyRecompute ? { verifyRecompute } : {}),

@@ -1,7 +1,16 @@
 import { memory, type Parameter, Workspace } from '@lc/tensor';
 import { expectNoLeaks, relativeError } from '@lc/tensor/testing';
-import { describe, expect, it } from 'vitest';
-import { type CausalLM, countSupervised, loadAdapterOnto, loadModel, type TokenSequence, TrainingSession } from '../src/index.js';
+import { describe, expect, it, vi } from 'vitest';
+import {
+  type CausalLM,
+  countSupervised,
+  DecoderLayer,
+  loadAdapterOnto,
+  loadModel,
+  type TokenSequence,
+  TrainingSession,
+  type TrainingSessionOptions,
+} from '../src/index.js';
 import { fixtures, someIds } from './helpers.js';
 
 expectNoLeaks();
@@ -73,6 +82,42 @@ describe('TrainingSession', () => {
     const device = await run({});
     expect(await run({ deviceBytes: 0 })).toEqual(device);
     expect(await run({ deviceBytes: 0, layersPerSegment: 2, dx: 'host', scratch: 'host' })).toEqual(device);
+  });
+
+  it('keeps attention outputs for backward: the same bits, and no attention forward a second time', async () => {
+    using model = await withAdapter('gpt-oss');
+    const sequence = packed([41, 22]);
+    const full = model.layers.filter((layer) => layer.keepBytes('f32') > 0).length;
+    expect(full).toBeGreaterThan(0);
+    expect(full).toBeLessThan(model.layers.length); // windowed layers keep nothing
+    const attend = vi.spyOn(DecoderLayer.prototype as unknown as { attend: () => void }, 'attend');
+    const run = async (options: Partial<TrainingSessionOptions>): Promise<[Float32Array[], number, number]> => {
+      using ws = new Workspace();
+      using session = new TrainingSession({ model, tokens: 63, chunk: 16, lossChunk: 8, ws, ...options });
+      await session.step(sequence, { dropoutSeed: 1 });
+      zero(model.parameters);
+      attend.mockClear();
+      const before = totalAllocations();
+      await session.step(sequence, { dropoutSeed: 1 });
+      expect(totalAllocations() - before).toBe(0);
+      const kept = Object.values(memory().devices).reduce((sum, device) => sum + (device.byLabel.kept?.liveBytes ?? 0), 0);
+      return [gradients(model.parameters), attend.mock.calls.length, kept];
+    };
+    const [want, calls, none] = await run({});
+    expect(none).toBe(0);
+    const perToken = Math.max(...model.layers.map((layer) => layer.keepBytes('f32')));
+    for (const storeOptions of [{}, { deviceBytes: 0 }, { deviceBytes: 0, layersPerSegment: 2 }]) {
+      for (const keep of [{}, { deviceBytes: 0 }, { layers: 1, deviceBytes: 20 * perToken }]) {
+        const [got, fewer, kept] = await run({ storeOptions, keep });
+        expect(got).toEqual(want);
+        const layers = keep.layers ?? full;
+        expect(kept).toBe(63 * perToken * layers);
+        // Each kept layer saves its four chunks in backward; a segment's recomputed layers come on top.
+        if (!storeOptions.layersPerSegment) expect(calls - fewer).toBe(4 * layers);
+      }
+    }
+    attend.mockRestore();
+    await expect(run({ keep: { layers: -1 } })).rejects.toMatchObject({ code: 'ERR_LC_ARGUMENT' });
   });
 
   it('evaluates without gradients', async () => {

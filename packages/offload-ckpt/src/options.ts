@@ -18,6 +18,11 @@ export interface SequenceOptions {
   dropoutSeed?: number | undefined;
 }
 
+export interface KeepOptions {
+  layers?: number;
+  deviceBytes?: number;
+}
+
 export interface LayerScheduleOptions {
   layers: readonly Layer[];
   /** Longest sequence. */
@@ -32,6 +37,12 @@ export interface LayerScheduleOptions {
   store?: ActivationStore;
   /** ... or how to make one. Default: everything on the workspace's device. */
   storeOptions?: Omit<StoreOptions, 'layers' | 'tokens' | 'chunk' | 'width'>;
+  /**
+   * Keep what layers offer to keep from forward to backward (`Layer.keepBytes`; a decoder layer's attention output and log-sum-exp), so that backward does
+   * not compute it again: the last `layers` of those that offer it (default all), `deviceBytes` of it on the device (default all), the rest on the host.
+   * Default: nothing is kept.
+   */
+  keep?: KeepOptions;
   docStart?: Tensor | null;
   dropoutSeed?: number | undefined;
   /** Only `forwardOnly` will be called: two [tokens, width] buffers, no checkpoints. */

@@ -20,8 +20,8 @@ export interface StoreShape {
   deviceBytes?: number;
   /** Most bytes to take of host memory. Default: no limit. */
   hostBytes?: number;
-  /** Where the gradient of one layer, [tokens, width], lies. Default 'device'. */
-  dx?: Tier;
+  /** Where the gradient of one layer, [tokens, width], lies; 'none' for a store of checkpoints alone. Default 'device'. */
+  dx?: Tier | 'none';
   /** Where the (layersPerSegment - 1) x [tokens, width] of recomputed layer inputs lie. Default 'device'. */
   scratch?: Tier;
   /** Device slots of [chunk, width] through which host-tier data passes. Default: 4, plus 2 when dx or scratch is on the host; 0 when nothing is. */
@@ -78,7 +78,7 @@ export function planStore(options: StoreShape): StorePlan {
     ['dx', dx],
     ['scratch', scratch],
   ] as const) {
-    if (tier !== 'device' && tier !== 'host')
+    if (tier !== 'device' && tier !== 'host' && !(name === 'dx' && tier === 'none'))
       throw new LcTypeError('ERR_LC_ARGUMENT', `ActivationStore: ${name} must be 'device' or 'host', got ${String(tier)}`);
   }
   const segments = Math.ceil(layers / layersPerSegment);
@@ -131,7 +131,7 @@ export function planStore(options: StoreShape): StorePlan {
     bytes: {
       checkpointsOnDevice,
       checkpointsOnHost,
-      dx: rowBytes,
+      dx: dx === 'none' ? 0 : rowBytes,
       scratch: scratchBytes,
       staging,
       device: checkpointsOnDevice + staging + (dx === 'device' ? rowBytes : 0) + (scratch === 'device' ? scratchBytes : 0),

@@ -1,4 +1,5 @@
-import { type Layer, type LayerState, LcTypeError, type Span, type Workspace } from '@lc/tensor';
+import { type Kept, type Layer, type LayerState, LcTypeError, type Span, type Workspace } from '@lc/tensor';
+import { KeptRows } from './kept.js';
 import type { HiddenCallback, InputGradientCallback, LayerScheduleOptions, LossCallback, SequenceOptions, WriteInput } from './options.js';
 import { makeSpans, requireCount } from './plan.js';
 import { drain, Pacer, type Progress, type RunOptions } from './run.js';
@@ -27,6 +28,7 @@ export class LayerSchedule implements Disposable {
   private readonly ahead: number;
   private readonly evaluateOnly: boolean;
   private readonly check: RecomputeCheck | null;
+  private readonly kept: KeptRows | null;
   private readonly pacer: Pacer;
   private sequenceSpans: Span[] = [];
   private evaluationSpans: Span[] = [];
@@ -69,7 +71,9 @@ export class LayerSchedule implements Disposable {
       );
     }
     this.check = null;
+    this.kept = null;
     try {
+      if (options.keep && !this.evaluateOnly) this.kept = KeptRows.make(layers, store, options.keep);
       if (options.verifyRecompute) this.check = new RecomputeCheck(store);
       this.pacer = new Pacer(store);
       this.begin({ tokens, docStart: options.docStart ?? null, dropoutSeed: options.dropoutSeed });
@@ -92,10 +96,14 @@ export class LayerSchedule implements Disposable {
     if (docStart && (docStart.dtype !== 'i32' || docStart.shape.length !== 1 || docStart.shape[0] !== tokens)) {
       throw new LcTypeError('ERR_LC_SHAPE', `LayerSchedule.begin: docStart must be i32 [${tokens}], got ${docStart}`);
     }
-    this.store.reset(tokens);
+    this.reset(tokens);
     const chunks = Math.ceil(tokens / this.store.chunk);
-    if (chunks !== this.sequenceSpans.length)
-      this.passes = buildPasses(this.store, this.layers.length, chunks, this.check !== null, this.evaluateOnly);
+    if (chunks !== this.sequenceSpans.length) {
+      this.passes = buildPasses(this.store, {
+        ...{ layers: this.layers.length, chunks, verify: this.check !== null, evaluateOnly: this.evaluateOnly },
+        keptRow: (layer) => this.kept?.row(layer) ?? null,
+      });
+    }
     this.sequenceSpans = makeSpans(tokens, this.store.chunk, docStart, dropoutSeed);
     this.evaluationSpans = makeSpans(tokens, this.store.chunk, docStart);
     this.phase = 'idle';
@@ -136,6 +144,7 @@ export class LayerSchedule implements Disposable {
   /** Frees the store if this schedule made it. On a GPU, `await schedule.store.sync()` first if a step may be in flight. */
   dispose(): void {
     this.check?.dispose();
+    this.kept?.dispose();
     this.pacer?.dispose();
     if (this.ownsStore) this.store?.dispose();
   }
@@ -186,7 +195,7 @@ export class LayerSchedule implements Disposable {
         });
       } else {
         const dx = store.update(op.y as StoredChunk);
-        layer.backward(x, dx, dx, at, state as LayerState, ws);
+        this.withKept(op, (kept) => layer.backward(x, dx, dx, at, state as LayerState, ws, kept));
         if (sweep.layer === 0) onInputGradient?.(dx, at);
         store.commit(op.y as StoredChunk);
       }
@@ -210,13 +219,29 @@ export class LayerSchedule implements Disposable {
       const x = op.x ? store.read(op.x) : null;
       const out = store.write(op.y as StoredChunk);
       if (x) {
-        this.layerOf(sweep).forward(x, out, at, state as LayerState, ws);
+        this.withKept(op, (kept) => this.layerOf(sweep).forward(x, out, at, state as LayerState, ws, kept));
         if (keep) check?.keep(sweep.layer, at.start, out);
         if (op.kind === 'recompute') check?.compare(sweep.layer, at.start, out);
       } else writeInput?.(out, at);
       if (op.x) store.release(op.x);
       store.commit(op.y as StoredChunk);
     };
+  }
+
+  /** Gives a layer call the place of what it keeps: to fill in the forward, to read after it. */
+  private withKept(op: Op, call: (kept: Kept | null) => void): void {
+    const store = this.kept?.store;
+    const entry = op.kept;
+    const filled = op.kind !== 'forward';
+    call(store && entry ? { data: filled ? store.read(entry) : store.write(entry), filled } : null);
+    if (!store || !entry) return;
+    if (filled) store.release(entry);
+    else store.commit(entry);
+  }
+
+  private reset(tokens: number): void {
+    this.store.reset(tokens);
+    this.kept?.store.reset(tokens);
   }
 
   private refuseWhileRunning(): void {
@@ -231,7 +256,7 @@ export class LayerSchedule implements Disposable {
     this.refuseWhileRunning();
     this.phase = 'idle';
     const last = spans[spans.length - 1] as Span;
-    this.store.reset(last.start + last.length);
+    this.reset(last.start + last.length);
     yield* this.run(pass, spans, handler);
   }
 
@@ -251,7 +276,7 @@ export class LayerSchedule implements Disposable {
         try {
           if (layer && sweep.pass) state = layer.open(last.start + last.length, sweep.pass, ws);
           for (const op of sweep.ops) {
-            prefetch(store, pass.ops, done, this.ahead);
+            prefetch(store, this.kept?.store ?? null, pass.ops, done, this.ahead);
             handler(op, spans[op.chunk] as Span, sweep, state);
             done++;
             yield { phase: op.kind, layer: sweep.layer, chunk: op.chunk, done, total };

@@ -4,6 +4,8 @@ import { Slot, StoredChunk } from './slots.js';
 import { type EventLike, type StreamFactory, type StreamLike, tensorStreams } from './streams.js';
 
 export interface StoreOptions extends StoreShape {
+  /** Under which the allocator counts what is stored. Default 'checkpoints'. */
+  label?: string;
   /** Where the layers run. Default 'cpu'. */
   device?: DeviceLike;
   /** The stream that layers run on. Default: the device's default stream. */
@@ -49,7 +51,7 @@ export class ActivationStore implements Disposable {
   constructor(options: StoreOptions) {
     this.plan = planStore(options);
     const { layers, tokens, chunk, width } = options;
-    const device = options.device ?? 'cpu';
+    const { device = 'cpu', label = 'checkpoints' } = options;
     this.layers = layers;
     this.tokens = this.length = tokens;
     this.chunk = chunk;
@@ -59,10 +61,10 @@ export class ActivationStore implements Disposable {
     this.device = device === 'cuda' ? 'cuda:0' : device;
     try {
       for (let s = 0; s < this.plan.segments; s++) {
-        this.checkpoints.push(this.makeRow(`checkpoint of segment ${s}`, 'checkpoints', this.plan.tiers[s] as Tier[]));
+        this.checkpoints.push(this.makeRow(`${label} of segment ${s}`, label, this.plan.tiers[s] as Tier[]));
       }
       const whole = (tier: Tier): Tier[] => new Array<Tier>(this.plan.chunks).fill(tier);
-      this.dx = this.makeRow('dx', 'dx', whole(options.dx ?? 'device'));
+      this.dx = options.dx === 'none' ? [] : this.makeRow('dx', 'dx', whole(options.dx ?? 'device'));
       const scratchRows = Math.min(this.plan.layersPerSegment, layers) - 1;
       for (let r = 0; r < scratchRows; r++)
         this.scratch.push(this.makeRow(`recomputed layer input ${r + 1}`, 'scratch', whole(options.scratch ?? 'device')));
@@ -192,6 +194,11 @@ export class ActivationStore implements Disposable {
   }
   [Symbol.dispose](): void {
     this.dispose();
+  }
+
+  /** @internal What made its streams and events. */
+  get streamFactory(): StreamFactory {
+    return this.streams;
   }
 
   /** @internal An event of the store's device; its maker disposes it. */

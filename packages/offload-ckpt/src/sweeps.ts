@@ -12,6 +12,8 @@ export interface Op {
   readonly x: StoredChunk | null;
   /** Written; for 'loss' and 'backward' read and overwritten. */
   readonly y: StoredChunk | null;
+  /** What the layer keeps of this span from forward to backward: written by 'forward', read by 'recompute' and 'backward'. */
+  readonly kept: StoredChunk | null;
 }
 
 export interface Sweep {
@@ -45,8 +47,17 @@ export function needs(op: Op): StoredChunk[] {
 
 const plan = (sweeps: Sweep[]): PassPlan => ({ sweeps, ops: sweeps.flatMap((sweep) => sweep.ops) });
 
-/** @param evaluateOnly the store has one checkpoint row, whatever the number of layers: only `forwardOnly` has a plan. */
-export function buildPasses(store: ActivationStore, layers: number, chunks: number, verify: boolean, evaluateOnly: boolean): Passes {
+export interface PassOptions {
+  layers: number;
+  chunks: number;
+  verify: boolean;
+  /** The store has one checkpoint row, whatever the number of layers: only `forwardOnly` has a plan. */
+  evaluateOnly: boolean;
+  /** What a layer keeps, by chunk, or null. */
+  keptRow: (layer: number) => readonly StoredChunk[] | null;
+}
+
+export function buildPasses(store: ActivationStore, { layers, chunks, verify, evaluateOnly, keptRow }: PassOptions): Passes {
   const k = store.plan.layersPerSegment;
   const segments = store.plan.segments;
   const at = (row: readonly StoredChunk[] | null, c: number): StoredChunk | null => (row ? (row[c] as StoredChunk) : null);
@@ -58,9 +69,9 @@ export function buildPasses(store: ActivationStore, layers: number, chunks: numb
     const inside = layer % k;
     return inside === 0 ? (store.checkpoints[layer / k] as StoredChunk[]) : (store.scratch[inside - 1] as StoredChunk[]);
   };
-  const rightwards = (kind: OpKind, x: Row, y: Row): Op[] =>
-    Array.from({ length: chunks }, (_, chunk) => ({ kind, chunk, x: at(x, chunk), y: at(y, chunk) }));
-  const leftwards = (kind: OpKind, x: Row, y: Row): Op[] => rightwards(kind, x, y).reverse();
+  const rightwards = (kind: OpKind, x: Row, y: Row, kept: Row = null): Op[] =>
+    Array.from({ length: chunks }, (_, chunk) => ({ kind, chunk, x: at(x, chunk), y: at(y, chunk), kept: at(kept, chunk) }));
+  const leftwards = (kind: OpKind, x: Row, y: Row, kept: Row): Op[] => rightwards(kind, x, y, kept).reverse();
 
   // Without checkpoints, two rows of the store take turns.
   const turn = (layer: number): Row => (layer % 2 === 0 ? (store.checkpoints[segments - 1] as StoredChunk[]) : store.dx);
@@ -73,7 +84,7 @@ export function buildPasses(store: ActivationStore, layers: number, chunks: numb
 
   const forward: Sweep[] = [{ layer: -1, pass: null, ops: rightwards('input', null, inputRow(0)) }];
   for (let layer = 0; layer < layers; layer++)
-    forward.push({ layer, pass: 'forward', ops: rightwards('forward', inputRow(layer), inputRow(layer + 1)) });
+    forward.push({ layer, pass: 'forward', ops: rightwards('forward', inputRow(layer), inputRow(layer + 1), keptRow(layer)) });
 
   const loss: Sweep[] = [{ layer: -1, pass: null, ops: rightwards('loss', null, store.dx) }];
 
@@ -84,11 +95,11 @@ export function buildPasses(store: ActivationStore, layers: number, chunks: numb
     // The last segment's layer inputs still lie in scratch from the forward.
     if (s < segments - 1) {
       for (let layer = first; layer < end - 1; layer++)
-        backward.push({ layer, pass: 'forward', ops: rightwards('recompute', inputRow(layer), inputRow(layer + 1)) });
+        backward.push({ layer, pass: 'forward', ops: rightwards('recompute', inputRow(layer), inputRow(layer + 1), keptRow(layer)) });
     }
     for (let layer = end - 1; layer >= first; layer--) {
       if (verify) backward.push({ layer, pass: 'forward', ops: rightwards('verify', inputRow(layer), null) });
-      const ops = [...rightwards('fill', inputRow(layer), null), ...leftwards('backward', inputRow(layer), store.dx)];
+      const ops = [...rightwards('fill', inputRow(layer), null), ...leftwards('backward', inputRow(layer), store.dx, keptRow(layer))];
       backward.push({ layer, pass: 'backward', ops });
     }
   }
@@ -97,12 +108,14 @@ export function buildPasses(store: ActivationStore, layers: number, chunks: numb
 }
 
 /** Before op `i` runs: asks for what it and the next `ahead` ops need, unless an op in between is to write it first. */
-export function prefetch(store: ActivationStore, ops: readonly Op[], i: number, ahead: number): void {
+export function prefetch(store: ActivationStore, kept: ActivationStore | null, ops: readonly Op[], i: number, ahead: number): void {
   for (let j = i; j <= i + ahead && j < ops.length; j++) {
-    for (const entry of needs(ops[j] as Op)) {
+    const op = ops[j] as Op;
+    for (const entry of needs(op)) {
       let written = false;
       for (let w = i; w < j; w++) if ((ops[w] as Op).y === entry) written = true;
       if (!written) store.prefetch(entry);
     }
+    if (op.kept && op.kind !== 'forward') kept?.prefetch(op.kept);
   }
 }

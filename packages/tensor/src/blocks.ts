@@ -5,6 +5,7 @@
  * (`ws.mark()` / `ws.reset()`), except what an `open` takes, which its caller resets. Activations are `[tokens, width]`, in `ws.dtype`
  * (f32 on the CPU, bf16 on CUDA). Parameter gradients are f32 and are *added to*.
  */
+import type { DType } from './dtype.js';
 import type { Tensor } from './tensor.js';
 import type { Workspace } from './workspace.js';
 
@@ -51,18 +52,28 @@ export interface LayerState {
   readonly tokens: number;
 }
 
+/** What a layer keeps of one span from forward to backward, so that backward need not compute it again. */
+export interface Kept {
+  /** u8 [length, keepBytes]: the layer's own layout. */
+  readonly data: Tensor;
+  /** The span was kept already: `forward` reads it instead of writing it. */
+  readonly filled: boolean;
+}
+
 /** A step that also looks at earlier tokens, through K and V in its state. */
 export interface Layer {
   readonly parameters: readonly Parameter[];
+  /** Bytes per token that the layer can keep from forward to backward, for activations of `dtype`; 0 or absent: nothing worth keeping. */
+  keepBytes?(dtype: DType): number;
   /** Takes K, V (and zeroed dK, dV when `pass` is 'backward') for `tokens` tokens, and prepared weights, from `ws`. */
   open(tokens: number, pass: Pass, ws: Workspace): LayerState;
   close(state: LayerState): void;
-  /** Spans come left to right; K and V of this span are stored in `state`. */
-  forward(x: Tensor, out: Tensor, at: Span, state: LayerState, ws: Workspace): void;
+  /** Spans come left to right; K and V of this span are stored in `state`. With `kept`: fills it, or makes use of it. */
+  forward(x: Tensor, out: Tensor, at: Span, state: LayerState, ws: Workspace, kept?: Kept | null): void;
   /** Rebuilds K, V of this span in `state`, before the backward sweep. Same bits as `forward` stored. */
   fill(x: Tensor, at: Span, state: LayerState, ws: Workspace): void;
-  /** Spans come right to left; adds into dK, dV of this and earlier spans. `dx` may alias `dout`. */
-  backward(x: Tensor, dout: Tensor, dx: Tensor, at: Span, state: LayerState, ws: Workspace): void;
+  /** Spans come right to left; adds into dK, dV of this and earlier spans. `dx` may alias `dout`. With `kept` (filled): the same bits for less work. */
+  backward(x: Tensor, dout: Tensor, dx: Tensor, at: Span, state: LayerState, ws: Workspace, kept?: Kept | null): void;
 }
 
 /** y = x W^T + b, plain, quantized or with LoRA. */

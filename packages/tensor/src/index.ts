@@ -1,6 +1,6 @@
 /** `@lc/tensor`: handles, devices, streams, memory, GEMM and small dense ops that every other `@lc` package composes through. */
 
-export type { Block, ExpertLinear, Layer, LayerState, Linear, Parameter, Pass, Span } from './blocks.js';
+export type { Block, ExpertLinear, Kept, Layer, LayerState, Linear, Parameter, Pass, Span } from './blocks.js';
 export { copy, fill, upload } from './copy.js';
 export * from './cuda.js';
 export { type Device, type DeviceLike, type DType, dtypeBytes, type TypedArray } from './dtype.js';
