@@ -30,6 +30,7 @@ execFileSync(
     '--expt-relaxed-constexpr',
     '-lineinfo',
     '-DLCTX_WITH_CUDA',
+    ...(targets.includes('90a') ? ['-DLCTX_HOPPER'] : []), // lctx/hopper.cuh: host code may choose kernels that exist for sm_90a alone
     '-Xcompiler=-fPIC,-fvisibility=hidden',
     `-I${resolve('.')}`,
     `-I${resolve('../../../native/include')}`,
