@@ -1,8 +1,4 @@
 /* Chooses the tile of a bf16 GEMM; tiles of 128 x 128. */
-#include <algorithm>
-#include <cstdlib>
-#include <cstring>
-
 #include "gemm_bf16.cuh"
 
 namespace lctx::cuda {
@@ -11,20 +7,6 @@ uint32_t multiprocessors() {
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess || count < 1) return 1;
   return static_cast<uint32_t>(count);
-}
-
-/* Bytes that a block may take on the current device. LCTX_SMEM_LIMIT (99KiB, or bytes) lowers it: a card with less, tried on one with more. */
-static int64_t shared_memory_limit() {
-  static const int64_t wish = [] {
-    const char* text = std::getenv("LCTX_SMEM_LIMIT");
-    if (!text || !*text) return INT64_MAX;
-    char* end = nullptr;
-    const double value = std::strtod(text, &end);
-    return static_cast<int64_t>(std::strncmp(end, "KiB", 3) == 0 ? value * 1024 : value);
-  }();
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
-  return std::min<int64_t>(bytes, wish);
 }
 
 int launch_gemm_bf16_small(const GemmLaunch& p, cudaStream_t stream) { return launch_gemm_layouts<GemmSmall, true>(p, stream); }
