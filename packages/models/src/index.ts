@@ -16,6 +16,7 @@ export { type AttentionParts, DecoderLayer, type DecoderLayerOptions, type Decod
 export { type LoadOptions, loadModel, maxPositions } from './load.js';
 export { attachLora, type LoraConfig, loadAdapterOnto, saveAdapterOf } from './lora.js';
 export type { ExpertModule, LinearModule } from './modules.js';
+export { presets } from './presets.js';
 export { type SampleOptions, sampleToken } from './sample.js';
 export {
   countSupervised,
@@ -26,5 +27,5 @@ export {
   TrainingSession,
   type TrainingSessionOptions,
 } from './step.js';
-export { presets, type SyntheticOptions, syntheticModel } from './synthetic.js';
+export { fillRandom, type SyntheticOptions, syntheticModel } from './synthetic.js';
 export { checkTensors, type ExpertLayout, expectedTensors, type TensorSpec } from './tensors.js';

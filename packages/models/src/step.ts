@@ -38,6 +38,8 @@ export interface StepOptions extends RunOptions {
   readonly numTokens?: number;
   /** Seed of this step's dropout; without one nothing is dropped. */
   readonly dropoutSeed?: number;
+  /** Run only the first so many layers, in the memory of all: a probe of whether a length fits, not a step. Default: all of them. */
+  readonly layers?: number;
 }
 
 export interface EvaluateOptions extends RunOptions {
@@ -108,10 +110,10 @@ export class TrainingSession implements Disposable {
 
   /** Adds this sequence's gradients. @throws ERR_LC_ARGUMENT, ERR_LC_NOTHING_SUPERVISED, ERR_LC_ABORTED (no gradient of this step is then complete) */
   async step(sequence: TokenSequence, options: StepOptions = {}): Promise<SequenceLoss> {
-    const { dropoutSeed, ...run } = options;
+    const { dropoutSeed, layers, ...run } = options;
     const { docStart, tokens, numTokens, supervised } = this.begin('step', sequence, options.numTokens);
     const { model, schedule, ws } = this;
-    schedule.begin({ tokens, docStart, dropoutSeed });
+    schedule.begin({ tokens, docStart, dropoutSeed, layers });
     let loss = 0;
     await schedule.forwardAsync((out, at) => model.embedForward(this.ids.rows(at.start, at.length), out), run);
     await schedule.lossAsync((hidden, dHidden, at) => {

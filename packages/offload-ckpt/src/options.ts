@@ -16,6 +16,8 @@ export interface SequenceOptions {
   docStart?: Tensor | null;
   /** Seed of this step's dropout; undefined: none. `forwardOnly` never drops out. */
   dropoutSeed?: number | undefined;
+  /** Run only the first so many layers, in the memory of all: a probe of whether a length fits. Default: all of them. */
+  layers?: number | undefined;
 }
 
 export interface KeepOptions {

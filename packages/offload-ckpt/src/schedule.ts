@@ -33,6 +33,7 @@ export class LayerSchedule implements Disposable {
   private sequenceSpans: Span[] = [];
   private evaluationSpans: Span[] = [];
   private passes!: Passes;
+  private layersOfPasses = 0;
   private phase: 'idle' | 'forward' | 'loss' = 'idle';
   private running = false;
 
@@ -91,16 +92,20 @@ export class LayerSchedule implements Disposable {
   /** Sets the next sequence; call it before `forward` when its length, documents or dropout seed differ. @throws LcTypeError ERR_LC_ARGUMENT, ERR_LC_SHAPE */
   begin(options: SequenceOptions = {}): void {
     this.refuseWhileRunning();
-    const { tokens = this.store.tokens, docStart = null, dropoutSeed } = options;
+    const { tokens = this.store.tokens, docStart = null, dropoutSeed, layers = this.layers.length } = options;
     requireCount('LayerSchedule.begin', 'tokens', tokens);
+    requireCount('LayerSchedule.begin', 'layers', layers);
+    if (layers > this.layers.length)
+      throw new LcTypeError('ERR_LC_ARGUMENT', `LayerSchedule.begin: layers is ${layers}, the schedule has ${this.layers.length}`);
     if (docStart && (docStart.dtype !== 'i32' || docStart.shape.length !== 1 || docStart.shape[0] !== tokens)) {
       throw new LcTypeError('ERR_LC_SHAPE', `LayerSchedule.begin: docStart must be i32 [${tokens}], got ${docStart}`);
     }
     this.reset(tokens);
     const chunks = Math.ceil(tokens / this.store.chunk);
-    if (chunks !== this.sequenceSpans.length) {
+    if (chunks !== this.sequenceSpans.length || layers !== this.layersOfPasses) {
+      this.layersOfPasses = layers;
       this.passes = buildPasses(this.store, {
-        ...{ layers: this.layers.length, chunks, verify: this.check !== null, evaluateOnly: this.evaluateOnly },
+        ...{ layers, chunks, verify: this.check !== null, evaluateOnly: this.evaluateOnly },
         keptRow: (layer) => this.kept?.row(layer) ?? null,
       });
     }

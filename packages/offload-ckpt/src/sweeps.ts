@@ -59,7 +59,8 @@ export interface PassOptions {
 
 export function buildPasses(store: ActivationStore, { layers, chunks, verify, evaluateOnly, keptRow }: PassOptions): Passes {
   const k = store.plan.layersPerSegment;
-  const segments = store.plan.segments;
+  const rows = store.plan.segments;
+  const segments = Math.ceil(layers / k); // fewer than rows in a probe of the first layers
   const at = (row: readonly StoredChunk[] | null, c: number): StoredChunk | null => (row ? (row[c] as StoredChunk) : null);
   type Row = readonly StoredChunk[] | null;
 
@@ -74,7 +75,7 @@ export function buildPasses(store: ActivationStore, { layers, chunks, verify, ev
   const leftwards = (kind: OpKind, x: Row, y: Row, kept: Row): Op[] => rightwards(kind, x, y, kept).reverse();
 
   // Without checkpoints, two rows of the store take turns.
-  const turn = (layer: number): Row => (layer % 2 === 0 ? (store.checkpoints[segments - 1] as StoredChunk[]) : store.dx);
+  const turn = (layer: number): Row => (layer % 2 === 0 ? (store.checkpoints[rows - 1] as StoredChunk[]) : store.dx);
   const forwardOnly: Sweep[] = [{ layer: -1, pass: null, ops: rightwards('input', null, turn(0)) }];
   for (let layer = 0; layer < layers; layer++)
     forwardOnly.push({ layer, pass: 'forward', ops: rightwards('forward', turn(layer), turn(layer + 1)) });

@@ -312,6 +312,33 @@ describe('LayerSchedule', () => {
     }
   });
 
+  test.each([1, 2])('a probe of the first two of five layers is a step of these two (a checkpoint every %i layers)', (layersPerSegment) => {
+    const gradients = (count: number, run: number): number[] => {
+      const layers = Array.from({ length: count }, (_, i) => new ToyLayer(i, WIDTH));
+      using ws = new Workspace();
+      using schedule = new LayerSchedule({
+        ...{ layers, tokens: 12, chunk: 4, width: WIDTH, ws },
+        storeOptions: { deviceBytes: 0, layersPerSegment },
+      });
+      const step = (n: number): void => {
+        schedule.begin({ layers: n });
+        schedule.forward((out, at) => out.data().fill(1 + at.start));
+        schedule.loss((_, d) => d.data().fill(1));
+        schedule.backward();
+      };
+      step(count); // the memory of all layers was in use before
+      for (const layer of layers) layer.grad.data().fill(0);
+      step(run);
+      expect(() => schedule.begin({ layers: count + 1 })).toThrow(/layers is/);
+      const out = layers.flatMap((layer) => [...layer.grad.data()]);
+      for (const layer of layers) layer.dispose();
+      return out;
+    };
+    const five = gradients(5, 2);
+    expect(five.slice(0, 2 * WIDTH)).toEqual(gradients(2, 2));
+    expect(five.slice(2 * WIDTH).every((value) => value === 0)).toBe(true);
+  });
+
   test('bad input is refused with a code', () => {
     const layers = [new ToyLayer(0, WIDTH)];
     using ws = new Workspace();
