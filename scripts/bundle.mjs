@@ -1,7 +1,7 @@
 // `npm run bundle`: one folder (.bundle) that runs the GPU tests and benches on any x86-64 Linux with an NVIDIA driver and nothing else: node, addons, one
 // script. Build CUDA code first by LCTX_CUDA=1 LCTX_CUDA_ARCHS=80,90a npm run bundle.
 import { execFileSync } from 'node:child_process';
-import { chmodSync, copyFileSync, existsSync, mkdirSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { chmodSync, copyFileSync, cpSync, existsSync, mkdirSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { basename, join } from 'node:path';
 import { root, run } from './lib.mjs';
@@ -32,6 +32,11 @@ await build({
   banner: { js: "import { createRequire as __createRequire } from 'node:module'; const require = __createRequire(import.meta.url);" },
   logLevel: 'warning',
 });
+
+// What runs beside the tests: compute-sanitizer's script, and the peers' side of the comparisons (for a machine with PyTorch).
+copyFileSync(join(root, 'test/gpu/sanitize.sh'), join(out, 'sanitize'));
+chmodSync(join(out, 'sanitize'), 0o755);
+cpSync(join(root, 'test/gpu/peers'), join(out, 'peers'), { recursive: true, filter: (path) => !path.includes('__pycache__') });
 
 copyFileSync(process.execPath, join(out, 'node'));
 chmodSync(join(out, 'node'), 0o755);

@@ -1,9 +1,27 @@
-/** A test runner of thirty lines: the bundle runs where there is no npm. */
+/** A test runner of forty lines: the bundle runs where there is no npm. */
 type Test = { name: string; fn: () => void | Promise<void> };
 const tests: Test[] = [];
+let large = 0;
+
+/**
+ * `LCTX_TEST_SMALL=1`: what takes gigabytes or minutes is left out, and long lists of cases are thinned; every kernel is still launched. For tools that slow
+ * each launch down (`sanitize.sh`).
+ */
+export const small = process.env.LCTX_TEST_SMALL === '1';
 
 export function test(name: string, fn: () => void | Promise<void>): void {
   tests.push({ name, fn });
+}
+
+/** A test that a small run leaves out. */
+export function largeTest(name: string, fn: () => void | Promise<void>): void {
+  if (small) large++;
+  else test(name, fn);
+}
+
+/** `cases`; in a small run every `step`th of them, the first included. */
+export function thin<T>(cases: readonly T[], step: number): readonly T[] {
+  return small ? cases.filter((_, i) => i % step === 0) : cases;
 }
 
 export function assert(condition: boolean, message: string): asserts condition {
@@ -25,6 +43,7 @@ export async function runTests(filter = ''): Promise<boolean> {
       console.log(`FAIL ${name}: ${(error as Error).stack ?? String(error)}`);
     }
   }
+  if (large) console.log(`LCTX_TEST_SMALL: ${large} large tests left out`);
   console.log(`${passed} passed, ${failed} failed`);
   return failed === 0;
 }

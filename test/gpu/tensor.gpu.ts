@@ -31,7 +31,7 @@ import {
   zeros,
 } from '@lc/tensor';
 import { randomNormal as random } from '../../packages/tensor/src/seeded.js';
-import { assert, test } from './harness.js';
+import { assert, largeTest, test } from './harness.js';
 
 const count = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
 
@@ -410,7 +410,7 @@ for (const [dtype, cType, backend] of [
   });
 }
 
-test('gemm: large shapes, sampled rows; the same bits twice', async () => {
+largeTest('gemm: large shapes, sampled rows; the same bits twice', async () => {
   const [m, n, k] = [4096, 2880, 4096];
   const a = make([m, k], 'bf16', 1);
   const b = make([n, k], 'bf16', 2);
@@ -669,7 +669,7 @@ test('grouped gemm: large tiles; offsets that lie do not lead outside', async ()
   await defaultStream('cuda').sync();
 });
 
-test('rows beyond 2^31 elements', async () => {
+largeTest('rows beyond 2^31 elements', async () => {
   const [rows, width, n] = [760_000, 2880, 64]; // 2^31 / 2,880 = 745,654 rows
   using x = empty([rows, width], { dtype: 'bf16', device: 'cuda' });
   const block = make([1 << 12, width], 'bf16', 1);

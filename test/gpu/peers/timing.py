@@ -1,0 +1,33 @@
+"""What the peers share: median times by CUDA events, and the memory a call adds."""
+
+import torch
+
+
+def median_ms(fn, rounds=7, budget_ms=1500.0):
+    """Median milliseconds of `fn` by device events: one warm-up call, then up to `rounds` rounds or `budget_ms` in all (at least three)."""
+    fn()
+    times = []
+    while len(times) < rounds and (len(times) < 3 or sum(times) < budget_ms):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def added_bytes(fn):
+    """Peak bytes that PyTorch's allocator holds during one call, over what it held before: results included, inputs not."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = fn()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def heading():
+    return f"{torch.cuda.get_device_name()}; PyTorch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
