@@ -11,6 +11,7 @@ import {
   type Tensor,
   type Workspace,
 } from '@lc/tensor';
+import { TiledBlock } from '@lc/tiled-mlp';
 import type { ModelConfig } from './config.js';
 import type { DecoderLayer } from './layer.js';
 import type { ExpertModule, LinearModule } from './modules.js';
@@ -67,6 +68,14 @@ export class CausalLM implements Disposable {
   /** Everything trainable, layer by layer. */
   get parameters(): readonly Parameter[] {
     return this.layers.flatMap((layer) => layer.parameters);
+  }
+
+  /**
+   * Tokens per tile of every MLP, for a planner that chooses it after loading. Between steps only: recomputation must cut as the forward did.
+   * @throws ERR_LC_ARGUMENT
+   */
+  setTile(tokens: number): void {
+    for (const { mlp } of this.layers) if (mlp instanceof TiledBlock) mlp.tile = tokens;
   }
 
   /** The rotation in force. */

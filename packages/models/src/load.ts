@@ -1,5 +1,6 @@
 import { type DeviceLike, type DType, empty, LcError, Scope, type Tensor, Workspace } from '@lc/tensor';
 import { openSafetensorsFolder, type SafetensorsReader } from '@lc/tensor/safetensors';
+import { TiledBlock } from '@lc/tiled-mlp';
 import { CausalLM } from './causal-lm.js';
 import { type ModelConfig, readModelConfig } from './config.js';
 import { type AttentionParts, DecoderLayer } from './layer.js';
@@ -110,7 +111,9 @@ export async function buildModel(
     layers.push(layer);
     for (const key of ['q', 'k', 'v', 'o'] as const) linearModules.push(linearModule(`${prefix}.self_attn.${key}_proj`, attention, key));
     const rebuild = (): void => {
+      const { mlp: before } = layer;
       layer.mlp = mlp.block();
+      if (before instanceof TiledBlock && layer.mlp instanceof TiledBlock) layer.mlp.tile = before.tile;
     };
     linearModules.push(...mlp.linears(rebuild));
     expertModules.push(...mlp.experts(rebuild));

@@ -27,6 +27,8 @@ export interface WorkspaceOptions {
   dtype?: DType;
   /** The compute stream; default the device's default stream. */
   stream?: Stream;
+  /** Told when it grows beyond `bytes`: then whoever planned it was wrong. */
+  onGrow?: (grown: { bytes: number; capacity: number; what: string }) => void;
 }
 
 /**
@@ -41,6 +43,7 @@ export class Workspace implements Disposable {
   private readonly fixed: boolean;
   private readonly label: string;
   private readonly givenStream: Stream | undefined;
+  private readonly onGrow: WorkspaceOptions['onGrow'];
   private slabs: Tensor[] = [];
   private slab = 0;
   private offset = 0;
@@ -54,6 +57,7 @@ export class Workspace implements Disposable {
     this.fixed = options.fixed ?? false;
     this.label = options.label ?? 'workspace';
     this.givenStream = options.stream;
+    this.onGrow = options.onGrow;
     if (options.bytes) this.reserve(options.bytes);
   }
 
@@ -157,6 +161,7 @@ export class Workspace implements Disposable {
     }
     const size = Math.max(bytes, roundUp(this.capacity / 4), MIN_SLAB);
     this.slabs.push(empty([size], { dtype: 'u8', device: this.device, label: this.label }));
+    this.onGrow?.({ bytes: size, capacity: this.capacity, what: `${dtype}[${shape.join(',')}]` });
   }
 
   private free(): void {

@@ -25,7 +25,7 @@ export interface TiledBlockOptions {
 
 /** What dense and mixture-of-experts MLPs share: norm, residual, tiles, and opening their linears once per pass. */
 export abstract class TiledBlock implements Block {
-  readonly tile: number;
+  private tileTokens: number;
   private readonly norm: { weight: Tensor; eps: number } | null;
   private readonly residual: boolean;
   private opened = false;
@@ -36,14 +36,23 @@ export abstract class TiledBlock implements Block {
     private readonly linears: readonly (Linear | ExpertLinear)[],
     options: TiledBlockOptions,
   ) {
-    this.tile = options.tile ?? DEFAULT_TILE;
+    this.tileTokens = options.tile ?? DEFAULT_TILE;
     this.norm = options.norm ?? null;
     this.residual = options.residual ?? this.norm !== null;
-    requireCount(op, 'tile', this.tile);
+    requireCount(op, 'tile', this.tileTokens);
     if (this.norm) {
       requireShape(op, 'norm.weight', this.norm.weight, [hiddenSize]);
       requireFinite(op, 'norm.eps', this.norm.eps, 0);
     }
+  }
+
+  /** Tokens per tile. Set it between steps, not inside one: recomputation must cut as the forward did. @throws ERR_LC_ARGUMENT */
+  get tile(): number {
+    return this.tileTokens;
+  }
+  set tile(tokens: number) {
+    requireCount(this.op, 'tile', tokens);
+    this.tileTokens = tokens;
   }
 
   /** h -> out (+ base where given), one tile. */

@@ -42,12 +42,16 @@ const schema = z.strictObject({
   lossChunk: count.optional(),
   /** Bytes of gradient checkpoints kept on the device; the rest lies in host memory. Default from the plan. */
   checkpointDeviceBytes: z.number().int().nonnegative().optional(),
-  /** Layers per gradient checkpoint. */
-  layersPerSegment: count.default(1),
+  /** Tokens of an MLP tile; default from the plan. */
+  tile: count.optional(),
+  /** Layers per gradient checkpoint; 'auto': as few as fit. */
+  layersPerSegment: z.union([count, z.literal('auto')]).default(1),
   /** Longest sequence, for the plan; default the model's maxSeqLength. */
   maxSeqLength: count.optional(),
-  /** Bytes of device memory that the run may take; default what is free. */
+  /** Bytes of device memory that this process may take, CUDA context and libraries included; default what is free. */
   vramLimit: z.number().int().positive().optional(),
+  /** Bytes of host memory that a step may take; default 90% of what is free. */
+  ramLimit: z.number().int().positive().optional(),
 });
 
 /** Options of `SFTTrainer`, in transformers' names (TrainingArguments, TRL's SFTConfig). */

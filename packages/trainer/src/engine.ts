@@ -1,14 +1,14 @@
 /** What a run holds: one plan's memory, the session that adds gradients, and the optimizer with its file. */
 import { join } from 'node:path';
 import type { PackedSequence } from '@lc/data';
-import { TrainingSession } from '@lc/models';
+import type { TrainingSession } from '@lc/models';
 import { AdamW } from '@lc/qlora';
-import { deviceMemory, fromTypedArray, LcError, Scope, Workspace } from '@lc/tensor';
+import { deviceMemory, fromTypedArray, Scope } from '@lc/tensor';
 import { openSafetensors, writeSafetensors } from '@lc/tensor/safetensors';
-import { plan } from '@lc/vram-probe';
 import type { ResolvedSFTConfig } from './args.js';
 import type { PlanEvent } from './events.js';
 import type { LanguageModel } from './fast-language-model.js';
+import { reserveStep } from './reserve.js';
 
 export interface EngineStepOptions {
   /** Supervised tokens of the whole optimizer step. */
@@ -26,39 +26,9 @@ export class TrainingEngine implements Disposable {
   private readonly session: TrainingSession;
   private readonly scope = new Scope();
 
-  /** @throws ERR_LC_PLAN when it does not fit (the longest length that does is named), ERR_LC_OUT_OF_MEMORY */
-  constructor(model: LanguageModel, args: ResolvedSFTConfig) {
+  /** @throws ERR_LC_PLAN when it does not fit (the budget and the longest length that does are named), ERR_LC_OUT_OF_MEMORY */
+  constructor(model: LanguageModel, args: ResolvedSFTConfig, onWarning: (message: string) => void = () => {}) {
     const tokens = args.maxSeqLength ?? model.maxSeqLength;
-    const trainable = model.parameters.reduce((sum, p) => sum + p.value.numel, 0);
-    const p = plan({
-      model: model.shape,
-      tokens,
-      device: model.device.startsWith('cuda') ? 'cuda' : 'cpu',
-      trainableParameters: trainable,
-      weightBytes: 0, // loaded already, so it is no longer part of what is free
-      optimBits: args.optim === 'adamw_8bit' ? 8 : 32,
-      layersPerSegment: args.layersPerSegment,
-      tile: model.tile,
-      ...(args.chunk === undefined ? {} : { chunk: args.chunk }),
-      ...(args.lossChunk === undefined ? {} : { lossChunk: args.lossChunk }),
-      ...(args.vramLimit === undefined ? {} : { vramBudget: args.vramLimit }),
-      ...(args.checkpointDeviceBytes === undefined ? {} : { checkpointDeviceBytes: args.checkpointDeviceBytes }),
-    });
-    if (!p.fits)
-      throw new LcError(
-        'ERR_LC_PLAN',
-        `${tokens} tokens do not fit: ${p.reasons.join('; ')}. The longest length that fits: ${p.maxTokens}`,
-      );
-    this.plan = {
-      device: model.device,
-      tokens,
-      chunk: p.chunk,
-      tile: p.tile,
-      lossChunk: p.lossChunk,
-      // What is loaded already (weights, adapters) stays; the plan counts the adapters, too.
-      predictedDeviceBytes: p.predictedPeak.device - p.bytes.adapters + deviceMemory(model.device).liveBytes,
-      predictedHostBytes: p.predictedPeak.host,
-    };
     try {
       this.optimizer = this.scope.own(
         new AdamW(model.parameters, {
@@ -69,17 +39,21 @@ export class TrainingEngine implements Disposable {
           optimBits: args.optim === 'adamw_8bit' ? 8 : 32,
         }),
       );
-      const ws = this.scope.own(new Workspace({ device: model.device, label: 'workspace', bytes: p.bytes.workspace }));
-      this.session = this.scope.own(
-        new TrainingSession({
-          model: model.inner,
-          tokens,
-          chunk: p.chunk,
-          lossChunk: p.lossChunk,
-          ws,
-          storeOptions: { deviceBytes: p.checkpoints.deviceBytes, layersPerSegment: args.layersPerSegment },
+      const before = deviceMemory(model.device).liveBytes;
+      const reservation = this.scope.own(
+        reserveStep({
+          ...{ model: model.inner, tokens, chunk: args.chunk, tile: args.tile ?? model.tile, lossChunk: args.lossChunk, onWarning },
+          ...{ vramLimit: args.vramLimit, ramLimit: args.ramLimit, layersPerSegment: args.layersPerSegment },
+          checkpointDeviceBytes: args.checkpointDeviceBytes,
         }),
       );
+      this.session = reservation.session;
+      const { plan: p } = reservation;
+      this.plan = {
+        ...{ device: model.device, tokens, chunk: p.chunk, tile: p.tile, lossChunk: p.lossChunk },
+        predictedDeviceBytes: p.predictedPeak.device + before,
+        predictedHostBytes: p.predictedPeak.host,
+      };
     } catch (error) {
       this.scope.dispose();
       throw error;

@@ -14,6 +14,7 @@ import {
 } from '@lc/models';
 import { type Device, type DeviceLike, LcError, type Parameter } from '@lc/tensor';
 import type { ModelShape } from '@lc/vram-probe';
+import { shapeOf } from './model-shape.js';
 
 export interface FromPretrainedOptions {
   /** Longest sequence of the run. More than the model's positions is an error unless `ropeScaling` covers it. Default: the model's. */
@@ -24,7 +25,7 @@ export interface FromPretrainedOptions {
   device?: DeviceLike;
   /** Replaces the model's RoPE scaling, e.g. { rope_type: 'yarn', factor: 8 }. Default: the model's own, unchanged. */
   ropeScaling?: Readonly<Record<string, unknown>>;
-  /** Tokens of an MLP tile. Default 1024. */
+  /** Tokens of an MLP tile. Default: the plan of a run chooses it. */
   tile?: number;
   /** A PEFT LoRA folder to load onto the model. */
   adapter?: string;
@@ -53,7 +54,8 @@ export class LanguageModel implements Disposable {
     /** The model's layers and tensors, for composing your own trainer. */
     readonly inner: CausalLM,
     readonly maxSeqLength: number,
-    readonly tile: number,
+    /** Tokens of an MLP tile; undefined: the plan chooses. */
+    readonly tile?: number,
   ) {}
 
   get device(): Device {
@@ -65,19 +67,7 @@ export class LanguageModel implements Disposable {
 
   /** Dimensions, for `plan` of `@lc/vram-probe`. */
   get shape(): ModelShape {
-    const c = this.inner.config;
-    return {
-      numHiddenLayers: c.layers.length,
-      hiddenSize: c.hiddenSize,
-      numAttentionHeads: c.numAttentionHeads,
-      numKeyValueHeads: c.numKeyValueHeads,
-      headDim: c.headDim,
-      intermediateSize: c.moe ? c.moe.intermediateSize : c.intermediateSize,
-      numExperts: c.moe?.numExperts ?? 0,
-      numExpertsPerTok: c.moe?.numExpertsPerTok ?? 0,
-      vocabSize: c.vocabSize,
-      tieWordEmbeddings: c.tieWordEmbeddings,
-    };
+    return shapeOf(this.inner);
   }
 
   /** Writes the adapter in PEFT's format. @throws ERR_LC_IO, ERR_LC_ADAPTER */
@@ -109,7 +99,7 @@ export const FastLanguageModel = {
    * @throws ERR_LC_MODEL, ERR_LC_CONFIG, ERR_LC_SAFETENSORS, ERR_LC_NAN, ERR_LC_TOKENIZER, ERR_LC_ADAPTER, ERR_LC_NO_DRIVER and its kin
    */
   async fromPretrained(folder: string, options: FromPretrainedOptions = {}): Promise<{ model: LanguageModel; tokenizer: Tokenizer }> {
-    const { loadIn4bit = true, tile = 1024, maxSeqLength, device, ropeScaling, adapter } = options;
+    const { loadIn4bit = true, tile, maxSeqLength, device, ropeScaling, adapter } = options;
     if (!existsSync(folder)) {
       throw new LcError(
         'ERR_LC_MODEL',
@@ -121,7 +111,7 @@ export const FastLanguageModel = {
     const tokenizer = loadTokenizer(folder);
     const inner = await loadModel(folder, {
       loadIn4bit,
-      tile,
+      ...(tile === undefined ? {} : { tile }),
       ...(maxSeqLength === undefined ? {} : { maxSeqLength }),
       ...(device === undefined ? {} : { device }),
       ...(ropeScaling === undefined ? {} : { ropeScaling }),

@@ -5,6 +5,8 @@ export { ProgressDisplay } from './cli/progress.js';
 export type { EndEvent, EvalEvent, PlanEvent, ProgressEvent, SaveEvent, StepEvent, TrainerEvent, WarningEvent } from './events.js';
 export { FastLanguageModel, type FromPretrainedOptions, LanguageModel, type PeftOptions } from './fast-language-model.js';
 export { formatTrainableTable, type TrainableRow, trainableTable } from './gradients.js';
+export { loraOf, shapeOf } from './model-shape.js';
+export { type Attempt, type Budget, type Reservation, type ReserveOptions, reserveStep } from './reserve.js';
 export { learningRateAt } from './schedule.js';
 export {
   type EvalDataset,

@@ -177,7 +177,7 @@ export class SFTTrainer implements Disposable {
   }
 
   private ready(): TrainingEngine {
-    this.engine ??= new TrainingEngine(this.model, this.args);
+    this.engine ??= new TrainingEngine(this.model, this.args, (message) => this.emit({ type: 'warning', message }));
     return this.engine;
   }
 
@@ -312,9 +312,10 @@ export class SFTTrainer implements Disposable {
       saveSteps,
       saveTotalLimit,
       vramLimit,
+      ramLimit,
       ...fixed
     } = this.args;
-    void [evalSteps, saveSteps, saveTotalLimit, vramLimit];
+    void [evalSteps, saveSteps, saveTotalLimit, vramLimit, ramLimit];
     const names = this.model.parameters.map((p) => `${p.name}[${p.value.shape.join(',')}]`);
     return createHash('sha256')
       .update(JSON.stringify({ ...fixed, totalSteps, names, sequences: this.data.length(0) }))

@@ -56,12 +56,3 @@ export function trainableParameters(m: ModelShape, lora: LoraShape | undefined):
   const perRank = targetsOf(m, lora).reduce((sum, t) => sum + t.copies * (t.inner + t.outer), 0);
   return m.numHiddenLayers * (lora?.r ?? 16) * perRank;
 }
-
-/** Scratch of LoRAs over fused experts, f32: B regrouped by expert while a layer is open, dB of one of them, and two [rows, r] intermediates. */
-export function expertLoraBytes(m: ModelShape, lora: LoraShape | undefined, routedRows: number): number {
-  const sizes = targetsOf(m, lora)
-    .filter((t) => t.copies > 1 || EXPERTS.includes(t.name))
-    .map((t) => t.copies * t.outer);
-  if (!lora || sizes.length === 0) return 0;
-  return 4 * lora.r * (sizes.reduce((a, b) => a + b, 0) + Math.max(...sizes) + 2 * routedRows);
-}

@@ -1,31 +1,43 @@
 /** What a run takes, and the sizes that make it fit: arithmetic only, nothing is allocated. */
-import { attentionWorkspaceBytes } from '@lc/attention';
 import { bytesPerRow } from '@lc/chunked-ce';
 import { planStore } from '@lc/offload-ckpt';
 import { LcTypeError, memInfo } from '@lc/tensor';
-import { expertLoraBytes, modelWeights, trainableParameters } from './model-bytes.js';
+import { layerWorkBytes, openLoraBytes } from './layer-bytes.js';
+import { modelWeights, trainableParameters } from './model-bytes.js';
 import { ramInfo } from './ram.js';
 import { storeBytes } from './store-bytes.js';
 import type { Plan, PlanOptions } from './types.js';
 
 const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;
-const SLACK = 1 << 16; // 256-byte alignment of each workspace allocation
+const SLACK = 1 << 16; // 256-byte alignment of what is counted in one sum here and allocated in parts
+/**
+ * A context with lc's kernels loaded and cuBLASLt's handle: 0.55 GiB seen on an H100 with driver 580. Behind it, from the pool: cuBLASLt's workspace of 32 MiB,
+ * pieces of products cut along k (at most 17 MiB), and the pool's own rounding to 32 MiB.
+ */
+const CONTEXT_BYTES = 576 << 20;
+const LIBRARY_BYTES = 128 << 20;
 
 interface Budgets {
   vram: number;
   ram: number;
 }
 
+const amounts = [
+  ...(['vramBudget', 'ramBudget', 'checkpointDeviceBytes', 'weightBytes', 'trainableParameters'] as const),
+  ...(['adapterBytes', 'optimizerBytes', 'contextBytes'] as const),
+] as const;
+
 function check(o: PlanOptions): void {
   for (const [name, value] of [
-    ...(['tokens', 'chunk', 'tile', 'lossChunk', 'layersPerSegment'] as const).map((key) => [key, o[key]] as const),
+    ...(['tokens', 'chunk', 'tile', 'lossChunk'] as const).map((key) => [key, o[key]] as const),
+    ['layersPerSegment', o.layersPerSegment === 'auto' ? undefined : o.layersPerSegment] as const,
     ['lora.r', o.lora?.r] as const,
   ]) {
     if (value !== undefined && !(Number.isSafeInteger(value) && value >= 1)) {
       throw new LcTypeError('ERR_LC_ARGUMENT', `plan: ${name} must be a whole number >= 1, got ${String(value)}`);
     }
   }
-  for (const name of ['vramBudget', 'ramBudget', 'checkpointDeviceBytes', 'weightBytes', 'trainableParameters'] as const) {
+  for (const name of amounts) {
     const value = o[name];
     if (value !== undefined && !(value >= 0 && Number.isFinite(value))) {
       throw new LcTypeError('ERR_LC_ARGUMENT', `plan: ${name} must be a finite number >= 0, got ${String(value)}`);
@@ -33,41 +45,19 @@ function check(o: PlanOptions): void {
   }
 }
 
-/** Bytes of one chunk's forward and backward beyond K, V, dK, dV and weights: the larger of the attention half and the MLP half of backward. */
-function chunkBytes(o: PlanOptions, act: number, tokens: number, chunk: number, tile: number): number {
-  const m = o.model;
-  const qWidth = m.numAttentionHeads * m.headDim;
-  const kvWidth = m.numKeyValueHeads * m.headDim;
-  const rows = Math.min(tile, chunk);
-  const shape = {
-    ...{ heads: m.numAttentionHeads, kvHeads: m.numKeyValueHeads, headDim: m.headDim, window: null },
-    ...{ tokens: chunk, start: tokens - chunk }, // the last chunk sees the most keys, and takes the most scratch
-    device: o.device ?? 'cpu',
-  };
-  const attention = attentionWorkspaceBytes(shape);
-  // attn, lse, normed, q (and q before its norm) live through both halves.
-  const shared = chunk * (act * (3 * qWidth + m.hiddenSize) + 4 * m.numAttentionHeads);
-  const routed = m.numExperts > 0 ? rows * m.numExpertsPerTok : rows;
-  // Per routed row: x, d(out), gate and up, activation, and the gradients of the last three.
-  const mlp =
-    act * (chunk * m.hiddenSize + rows * 4 * m.hiddenSize + routed * (3 * m.hiddenSize + 8 * m.intermediateSize)) +
-    rows * 16 * (m.numExperts + m.numExpertsPerTok);
-  const attentionHalf = chunk * act * (2 * qWidth + 3 * kvWidth + m.hiddenSize) + Math.max(attention.forward, attention.backward);
-  // Low-rank intermediates and dropout masks of a LoRA beside the widest input.
-  const lora = chunk * (act * Math.max(qWidth, m.hiddenSize) + Math.max(256 * act, 8 * (o.lora?.r ?? 16)));
-  return shared + Math.max(mlp, attentionHalf) + lora + expertLoraBytes(m, o.lora, routed) + SLACK;
-}
-
 interface Sizes {
   tokens: number;
   chunk: number;
   tile: number;
   lossChunk: number;
+  layersPerSegment: number;
 }
 
-function measure(o: PlanOptions, { tokens, chunk, tile, lossChunk }: Sizes, budgets: Budgets, quick: boolean): Plan {
+function measure(o: PlanOptions, sizes: Sizes, budgets: Budgets, quick: boolean): Plan {
+  const { tokens, chunk, tile, lossChunk, layersPerSegment } = sizes;
   const m = o.model;
-  const activations = o.dtypes?.activations ?? (o.device === 'cuda' ? 'bf16' : 'f32');
+  const device = o.device ?? 'cpu';
+  const activations = o.dtypes?.activations ?? (device === 'cuda' ? 'bf16' : 'f32');
   const act = activations === 'bf16' ? 2 : 4;
   const kvWidth = m.numKeyValueHeads * m.headDim;
   const trainable = o.trainableParameters ?? trainableParameters(m, o.lora);
@@ -75,11 +65,11 @@ function measure(o: PlanOptions, { tokens, chunk, tile, lossChunk }: Sizes, budg
   const kv = 2 * tokens * kvWidth * act;
   const dkv = 2 * tokens * kvWidth * 4;
   const { dequantized, experts } = weights;
-  const chunkWork = chunkBytes(o, act, tokens, Math.min(chunk, tokens), tile);
+  const layer = { model: m, lora: o.lora, device, act, tokens, chunk, tile };
+  const chunkWork = layerWorkBytes(layer) + openLoraBytes(layer) + SLACK;
   const lossWork =
     2 * Math.min(chunk, tokens) * m.hiddenSize * act + Math.min(lossChunk, chunk, tokens) * bytesPerRow(m.vocabSize, m.hiddenSize) + SLACK;
   const workspace = Math.max(kv + dkv + dequantized + chunkWork, lossWork);
-  const layersPerSegment = o.layersPerSegment ?? 1;
   const store = (deviceBytes: number) =>
     (quick ? storeBytes : planStore)({
       layers: m.numHiddenLayers,
@@ -93,26 +83,27 @@ function measure(o: PlanOptions, { tokens, chunk, tile, lossChunk }: Sizes, budg
 
   const fixed = {
     weights: o.weightBytes ?? weights.bytes,
-    adapters: trainable * 8,
-    optimizer: Math.ceil(trainable * (o.optimBits === 8 ? 2.04 : 8)),
+    adapters: o.adapterBytes ?? trainable * 8,
+    optimizer: o.optimizerBytes ?? Math.ceil(trainable * (o.optimBits === 8 ? 2.04 : 8)),
+    context: device === 'cuda' ? (o.contextBytes ?? LIBRARY_BYTES + (o.vramBudget === undefined ? 0 : CONTEXT_BYTES)) : 0,
     sequence: tokens * 12,
   };
-  const sum = fixed.weights + fixed.adapters + fixed.optimizer + fixed.sequence + workspace;
+  const sum = fixed.weights + fixed.adapters + fixed.optimizer + fixed.context + fixed.sequence + workspace;
   const everything = store(Number.POSITIVE_INFINITY);
   const room =
-    o.device === 'cuda'
+    device === 'cuda'
       ? Math.max(0, budgets.vram - sum - everything.bytes.dx - everything.bytes.scratch - 4 * chunk * m.hiddenSize * act)
       : Number.POSITIVE_INFINITY;
   const s = store(o.checkpointDeviceBytes ?? Math.min(room, everything.bytes.checkpointsOnDevice));
-  const device = sum + s.bytes.device;
+  const deviceBytes = sum + s.bytes.device;
   const host = s.bytes.host;
   const checkpoints = Math.ceil(m.numHiddenLayers / layersPerSegment) * m.hiddenSize * act;
   const reasons: string[] = [];
-  if (o.device === 'cuda') {
-    if (device > budgets.vram) reasons.push(`VRAM: ${gib(device)} needed, ${gib(budgets.vram)} to be had`);
+  if (device === 'cuda') {
+    if (deviceBytes > budgets.vram) reasons.push(`VRAM: ${gib(deviceBytes)} needed, ${gib(budgets.vram)} to be had`);
     if (host > budgets.ram) reasons.push(`RAM: ${gib(host)} of gradient checkpoints, ${gib(budgets.ram)} to be had`);
-  } else if (device + host > Math.min(budgets.vram, budgets.ram)) {
-    reasons.push(`RAM: ${gib(device + host)} needed, ${gib(Math.min(budgets.vram, budgets.ram))} to be had`);
+  } else if (deviceBytes + host > Math.min(budgets.vram, budgets.ram)) {
+    reasons.push(`RAM: ${gib(deviceBytes + host)} needed, ${gib(Math.min(budgets.vram, budgets.ram))} to be had`);
   }
   return {
     tokens,
@@ -140,36 +131,60 @@ function measure(o: PlanOptions, { tokens, chunk, tile, lossChunk }: Sizes, budg
       checkpoints,
       host: o.checkpointDeviceBytes !== undefined || host > 0 ? checkpoints : 0,
     },
-    predictedPeak: { device, host },
+    predictedPeak: { device: deviceBytes, host },
     fits: reasons.length === 0,
     maxTokens: 0,
     reasons,
   };
 }
 
-/** Sizes to try, large to small. */
-const chunkChoices = { cpu: [1024, 512, 256, 128], cuda: [16384, 8192, 4096, 2048, 1024] } as const;
+/**
+ * Sizes to try, large to small. Large tiles fill the experts' GEMMs (32 experts of a tile of 4,096 tokens get 512 rows each); beyond these nothing gains. A loss chunk
+ * of about 1 GiB of logits likewise.
+ */
+const CHUNKS = { cpu: [1024, 512, 256, 128], cuda: [16384, 8192, 4096, 2048, 1024] } as const;
+const TILES = { cpu: [1024, 512, 256, 128], cuda: [8192, 4096, 2048, 1024, 512] } as const;
 const LOSS_BYTES = { cpu: 64 << 20, cuda: 1 << 30 } as const;
 
-/** @param quick while searching: the same sizes without a list of every chunk */
+/** The device's usual size, and what to try when that is too much. */
+function lossChunks(o: PlanOptions, tokens: number): number[] {
+  if (o.lossChunk) return [o.lossChunk];
+  const rows = Math.floor(LOSS_BYTES[o.device ?? 'cpu'] / bytesPerRow(o.model.vocabSize, o.model.hiddenSize));
+  const largest = Math.max(1, Math.min(tokens, 4096, rows));
+  return [1, 2, 4, 8].map((part) => Math.ceil(largest / part));
+}
+
+/**
+ * The sizes that fit, tried in the order in which they cost speed: first fewer checkpoints on the device (`measure` gives them what is left), then smaller
+ * tiles and loss chunks, then smaller chunks, then, where the user permits it, more layers per checkpoint.
+ * @param quick while searching: the same sizes without a list of every chunk
+ */
 function best(o: PlanOptions, tokens: number, budgets: Budgets, quick: boolean): Plan {
   const device = o.device ?? 'cpu';
-  const tile = o.tile ?? 1024;
-  const lossChunk =
-    o.lossChunk ?? Math.max(1, Math.min(tokens, 4096, Math.floor(LOSS_BYTES[device] / bytesPerRow(o.model.vocabSize, o.model.hiddenSize))));
-  const chunks = o.chunk ? [o.chunk] : chunkChoices[device];
+  const losses = lossChunks(o, tokens);
+  const segments = o.layersPerSegment === 'auto' ? [1, 2, 3, 4].filter((k) => k <= o.model.numHiddenLayers) : [o.layersPerSegment ?? 1];
   let smallest: Plan | undefined;
-  for (const chunk of chunks) {
-    const p = measure(o, { tokens, chunk: Math.min(chunk, tokens), tile, lossChunk }, budgets, quick);
-    if (p.fits) return p;
-    smallest = p;
+  for (const layersPerSegment of segments) {
+    for (const wanted of o.chunk ? [o.chunk] : CHUNKS[device]) {
+      const chunk = Math.min(wanted, tokens);
+      const tiles = o.tile ? [o.tile] : TILES[device].filter((tile, i) => tile <= chunk || i === TILES[device].length - 1);
+      for (const tile of tiles) {
+        const sizes = { tokens, chunk, tile, layersPerSegment };
+        for (const lossChunk of losses) {
+          const p = measure(o, { ...sizes, lossChunk }, budgets, true);
+          if (p.fits) return quick ? p : measure(o, { ...sizes, lossChunk }, budgets, false);
+          smallest = p;
+          if (p.bytes.lossWork < p.bytes.workspace) break; // a smaller loss chunk saves nothing
+        }
+      }
+    }
   }
   return smallest as Plan;
 }
 
 /**
- * A first plan: chunk, tile and loss-chunk sizes, where the gradient checkpoints lie, and the predicted peak of lc's allocations. Meant never to
- * under-predict; a CUDA context and cuBLAS are not part of it.
+ * A plan: chunk, tile and loss-chunk sizes, where the gradient checkpoints lie, and the predicted peak of what the process takes of the device, the CUDA context
+ * and cuBLASLt included. Meant never to under-predict.
  *
  * @throws ERR_LC_ARGUMENT; asking for 'cuda' without a vramBudget asks the driver (ERR_LC_NO_DRIVER and its kin)
  */
@@ -198,7 +213,7 @@ export function plan(options: PlanOptions): Plan {
 /** What would make it fit, where a setting would. */
 function remedies(o: PlanOptions, p: Plan, budgets: Budgets): string[] {
   for (const layersPerSegment of [2, 3, 4]) {
-    if (layersPerSegment <= p.segment || layersPerSegment > o.model.numHiddenLayers) continue;
+    if (o.layersPerSegment === 'auto' || layersPerSegment <= p.segment || layersPerSegment > o.model.numHiddenLayers) continue;
     if (best({ ...o, layersPerSegment }, o.tokens, budgets, true).fits) return [`it would fit with layersPerSegment: ${layersPerSegment}`];
   }
   return [];

@@ -14,6 +14,8 @@ export interface ModelShape {
   numExpertsPerTok: number;
   vocabSize: number;
   tieWordEmbeddings: boolean;
+  /** RMSNorm over each head of Q and K (Qwen3). Default false. */
+  qkNorm?: boolean;
 }
 
 /**
@@ -49,6 +51,7 @@ export function modelShapeFromConfig(config: unknown): ModelShape {
     numExpertsPerTok: numExperts > 0 ? count(['num_experts_per_tok', 'experts_per_token']) : 0,
     vocabSize: count(['vocab_size']),
     tieWordEmbeddings: c.tie_word_embeddings === true,
+    ...(typeof c.model_type === 'string' && c.model_type.startsWith('qwen3') ? { qkNorm: true } : {}),
   };
   if (problems.length > 0) throw new LcError('ERR_LC_CONFIG', `config.json: ${problems.join('; ')}`);
   return shape;

@@ -9,6 +9,8 @@ export interface LoraShape {
    * experts). Default q, k, v, o.
    */
   targets?: readonly string[];
+  /** 0: none; else (also by default) dropped inputs are counted. */
+  dropout?: number;
 }
 
 export interface PlanOptions {
@@ -17,7 +19,10 @@ export interface PlanOptions {
   tokens: number;
   /** Default 'cpu'. */
   device?: 'cpu' | 'cuda';
-  /** Bytes of device memory; default 90% of what is free now. On the CPU, device and host memory are both RAM. */
+  /**
+   * Bytes of device memory; default 90% of what is free now. On the CPU, device and host memory are both RAM. A budget that is given has to hold the CUDA
+   * context as well (`contextBytes`).
+   */
   vramBudget?: number;
   /** Bytes of host memory; default 90% of what is free now. */
   ramBudget?: number;
@@ -31,9 +36,17 @@ export interface PlanOptions {
   dtypes?: { activations?: 'f32' | 'bf16'; weights?: 'f32' | 'bf16' };
   /** Bytes of the base weights. Default: from the shape. 0 when they are loaded already. */
   weightBytes?: number;
+  /** Bytes of adapters and their gradients, and of the optimizer's state. Default: from the trained parameters. 0 when they are there already. */
+  adapterBytes?: number;
+  optimizerBytes?: number;
+  /**
+   * CUDA: bytes of the context, of loaded kernels, cuBLASLt and its workspace, and of scratch that kernels take for themselves. Default: an estimate from H100
+   * measurements; without a `vramBudget` what is free is measured with a context there, so only the rest of it counts. 0 on the CPU.
+   */
+  contextBytes?: number;
   optimBits?: 8 | 32;
-  /** A checkpoint every so many layers. Default 1. */
-  layersPerSegment?: number;
+  /** A checkpoint every so many layers; 'auto': as few as fit, at most 4. Default 1. */
+  layersPerSegment?: number | 'auto';
   /** Fix a size instead of choosing it. */
   chunk?: number;
   tile?: number;
@@ -58,6 +71,8 @@ export interface Plan {
     /** That half of `adapters` that is gradients. */
     gradients: number;
     optimizer: number;
+    /** CUDA context, cuBLASLt and what kernels take for themselves. */
+    context: number;
     /** Ids, labels, document starts. */
     sequence: number;
     /** Gradient of one layer; recomputed layer inputs inside a segment; slots through which checkpoints pass to and from the host. */

@@ -1,0 +1,218 @@
+/**
+ * The plan of a training step, and its memory taken before the step's first launch. Only reservation can fail; then the plan shrinks, in the order in which that costs
+ * speed, and nothing has been computed. `SFTTrainer` and `lc bench step` share it.
+ */
+import { type CausalLM, TrainingSession } from '@lc/models';
+import { type Device, isPinned, LcError, memInfo, Scope, Workspace } from '@lc/tensor';
+import { type ModelShape, type Plan, type PlanOptions, plan, ramInfo } from '@lc/vram-probe';
+import { isPrepared, loraOf, shapeOf } from './model-shape.js';
+
+/** Which budget ran out. */
+export type Budget = 'VRAM' | 'RAM' | 'pinned';
+
+export interface ReserveOptions {
+  /** Loaded, with its adapter: what it holds is not planned again. */
+  model: CausalLM;
+  /** Default: the model's own. */
+  shape?: ModelShape;
+  /** Longest sequence. */
+  tokens: number;
+  /** Fix a size instead of choosing it. */
+  chunk?: number | undefined;
+  tile?: number | undefined;
+  lossChunk?: number | undefined;
+  /** Bytes of gradient checkpoints on the device. Default: what is left of it, up to all. */
+  checkpointDeviceBytes?: number | undefined;
+  /** 'auto': as few as fit. Default 1. */
+  layersPerSegment?: number | 'auto' | undefined;
+  /** Bytes of device memory that the process may take in all, context and libraries included; default what is free. On the CPU: of RAM, besides what is taken already. */
+  vramLimit?: number | undefined;
+  /** Bytes of host memory for the step; default 90% of what is free. */
+  ramLimit?: number | undefined;
+  /** Leave room for an AdamW that is not made yet. Default: it is there already (or there is none). */
+  optimBits?: 8 | 32 | undefined;
+  /** Only `evaluate` will be called: no checkpoints. */
+  evaluateOnly?: boolean | undefined;
+  /** 'require': host memory that cannot be pinned counts as a failed reservation. Default 'prefer': pageable memory is taken, with a warning. */
+  pinning?: 'prefer' | 'require' | undefined;
+  prefetchAhead?: number | undefined;
+  verifyRecompute?: boolean | undefined;
+  /** Told once about memory that is not pinned, and about a workspace that the plan made too small. */
+  onWarning?: ((message: string) => void) | undefined;
+  /** What is free, in bytes. For tests; default: measured, less a margin. */
+  budgets?: { vram: number; ram: number } | undefined;
+}
+
+export interface Attempt {
+  plan: Plan;
+  failed: Budget;
+  message: string;
+}
+
+export interface Reservation extends Disposable {
+  readonly plan: Plan;
+  readonly workspace: Workspace;
+  readonly session: TrainingSession;
+  /** Plans that did not find the memory they counted on. */
+  readonly attempts: readonly Attempt[];
+  dispose(): void;
+}
+
+const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;
+const MAX_ATTEMPTS = 16;
+
+/** What may be taken now: measured, less a margin for rounding and for what others take meanwhile. */
+function measureBudgets(o: ReserveOptions, device: Device): { vram: number; ram: number } {
+  if (o.budgets) return o.budgets;
+  const freeRam = Math.min(memInfo('cpu').freeBytes, ramInfo().availableBytes) * 0.9;
+  const ram = Math.min(freeRam, o.ramLimit ?? Number.POSITIVE_INFINITY);
+  const limit = o.vramLimit ?? Number.POSITIVE_INFINITY;
+  if (!device.startsWith('cuda')) return { vram: Math.min(freeRam, limit), ram };
+  const { freeBytes, totalBytes } = memInfo(device);
+  const margin = Math.max(256 << 20, freeBytes * 0.01);
+  return { vram: Math.max(0, Math.min(freeBytes, limit - (totalBytes - freeBytes)) - margin), ram };
+}
+
+function planOptions(o: ReserveOptions, device: Device, budgets: { vram: number; ram: number }): PlanOptions {
+  const { model } = o;
+  const onGpu = device.startsWith('cuda');
+  const shape = o.shape ?? shapeOf(model);
+  const act = onGpu ? 'bf16' : 'f32';
+  const fixed = { chunk: o.chunk, tile: o.tile, lossChunk: o.lossChunk, checkpointDeviceBytes: o.checkpointDeviceBytes };
+  return {
+    model: o.evaluateOnly ? { ...shape, numHiddenLayers: 1 } : shape,
+    tokens: o.tokens,
+    device: onGpu ? 'cuda' : 'cpu',
+    vramBudget: budgets.vram,
+    ramBudget: budgets.ram,
+    lora: loraOf(model),
+    trainableParameters: model.parameters.reduce((sum, p) => sum + p.value.numel, 0),
+    quantization: isPrepared(model, act) ? '4bit' : 'none',
+    // Loaded already, so no longer part of what is free; likewise the context, but for what its libraries take at their first use.
+    weightBytes: 0,
+    adapterBytes: 0,
+    ...(o.optimBits ? { optimBits: o.optimBits } : { optimizerBytes: 0 }),
+    contextBytes: onGpu ? LIBRARIES : 0,
+    layersPerSegment: o.evaluateOnly ? 1 : (o.layersPerSegment ?? 1),
+    ...(Object.fromEntries(Object.entries(fixed).filter(([, value]) => value !== undefined)) as Partial<typeof fixed> as object),
+  };
+}
+/** cuBLASLt's workspace, products cut along k, kernels that are loaded at their first launch. */
+const LIBRARIES = 192 << 20;
+
+/** Which budget an allocator's error is about. */
+const budgetOf = (error: LcError): Budget => (/ on cuda:\d+|VRAM/.test(error.message) ? 'VRAM' : 'RAM');
+
+/**
+ * Chooses chunk, tile, loss-chunk and store sizes from what is free, and takes all of a step's memory: activation store, sequence buffers, and the workspace in one
+ * piece, so that nothing grows during a step. When that fails it plans smaller: fewer checkpoints on the device, smaller tiles and loss chunks, smaller chunks, then more
+ * layers per checkpoint where 'auto' permits it. Sets the model's MLP tile.
+ *
+ * @throws ERR_LC_PLAN naming the budget (VRAM, RAM or pinned) and the longest length that fits; ERR_LC_OUT_OF_MEMORY when reservations keep failing;
+ *   ERR_LC_ARGUMENT
+ */
+export function reserveStep(o: ReserveOptions): Reservation {
+  const { model } = o;
+  const { device } = model;
+  const attempts: Attempt[] = [];
+  const budgets = { ...measureBudgets(o, device) };
+  for (;;) {
+    const p = plan(planOptions(o, device, budgets));
+    if (!p.fits) throw doesNotFit(o, p, attempts);
+    try {
+      return take(o, p, attempts);
+    } catch (error) {
+      if (!(error instanceof LcError) || error.code !== 'ERR_LC_OUT_OF_MEMORY') throw error;
+      const failed = error instanceof NotPinned ? 'pinned' : budgetOf(error);
+      attempts.push({ plan: p, failed, message: error.message });
+      if (attempts.length >= MAX_ATTEMPTS) throw doesNotFit(o, p, attempts);
+      shrink(budgets, p, failed, device);
+    }
+  }
+}
+
+/** The next plan gets clearly less of what ran out: 4% less than the failed one took, at least 1 MiB. */
+function shrink(budgets: { vram: number; ram: number }, p: Plan, failed: Budget, device: Device): void {
+  const less = (taken: number, budget: number): number => Math.max(0, Math.min(budget, taken) - Math.max(1 << 20, 0.04 * taken));
+  const { device: onDevice, host } = p.predictedPeak;
+  if (!device.startsWith('cuda')) budgets.vram = budgets.ram = less(onDevice + host, Math.min(budgets.vram, budgets.ram));
+  else if (failed === 'VRAM') budgets.vram = less(onDevice, budgets.vram);
+  else budgets.ram = less(host, budgets.ram);
+}
+
+class NotPinned extends LcError {
+  constructor(bytes: number) {
+    super('ERR_LC_OUT_OF_MEMORY', `pinned: ${gib(bytes)} of host memory for gradient checkpoints could not be pinned`);
+  }
+}
+
+function take(o: ReserveOptions, p: Plan, attempts: readonly Attempt[]): Reservation {
+  const { model } = o;
+  const scope = new Scope();
+  try {
+    const warned = new Set<string>();
+    const warn = (kind: string, message: string): void => {
+      if (!warned.has(kind)) o.onWarning?.(message);
+      warned.add(kind);
+    };
+    const workspace = scope.own(
+      new Workspace({
+        device: model.device,
+        label: 'workspace',
+        bytes: p.bytes.workspace,
+        onGrow: ({ capacity, what }) =>
+          warn(
+            'grow',
+            `the workspace of ${gib(p.bytes.workspace)} was too small (for ${what}) and grew to ${gib(capacity)}: the plan was wrong; please report the model and the sizes`,
+          ),
+      }),
+    );
+    model.setTile(p.tile);
+    const session = scope.own(
+      new TrainingSession({
+        ...{ model, tokens: o.tokens, chunk: p.chunk, lossChunk: p.lossChunk, ws: workspace },
+        storeOptions: { deviceBytes: p.checkpoints.deviceBytes, layersPerSegment: p.segment },
+        ...(o.prefetchAhead === undefined ? {} : { prefetchAhead: o.prefetchAhead }),
+        ...(o.verifyRecompute === undefined ? {} : { verifyRecompute: o.verifyRecompute }),
+        ...(o.evaluateOnly === undefined ? {} : { evaluateOnly: o.evaluateOnly }),
+      }),
+    );
+    const pageable = pageableBytes(session);
+    if (pageable > 0 && model.device.startsWith('cuda')) {
+      if (o.pinning === 'require') throw new NotPinned(pageable);
+      warn(
+        'pinned',
+        `${gib(pageable)} of host memory for gradient checkpoints could not be pinned: copies are slower and not hidden behind the computation. ` +
+          'Raise the limit of locked memory (ulimit -l, or the container), or keep less in host memory',
+      );
+    }
+    return {
+      plan: p,
+      workspace,
+      session,
+      attempts,
+      dispose: () => scope.dispose(),
+      [Symbol.dispose]: () => scope.dispose(),
+    };
+  } catch (error) {
+    scope.dispose();
+    throw error;
+  }
+}
+
+/** Bytes of the store's host tier that are not pinned. */
+function pageableBytes({ schedule: { store } }: TrainingSession): number {
+  const chunks = [...store.checkpoints.flat(), ...store.dx, ...store.scratch.flat()];
+  return chunks.reduce((sum, { tier, home }) => sum + (tier === 'host' && !isPinned(home) ? home.nbytes : 0), 0);
+}
+
+function doesNotFit(o: ReserveOptions, p: Plan, attempts: readonly Attempt[]): LcError {
+  const last = attempts.at(-1);
+  const after = last ? ` After ${attempts.length} smaller plans; the last reservation failed: ${last.failed}: ${last.message}.` : '';
+  const reasons = p.reasons.length > 0 ? p.reasons : [`${last?.failed}: the reservation failed`];
+  const named = last && !reasons.some((reason) => reason.startsWith(last.failed)) ? [`${last.failed} ran out`, ...reasons] : reasons;
+  return new LcError(
+    p.fits ? 'ERR_LC_OUT_OF_MEMORY' : 'ERR_LC_PLAN',
+    `${o.tokens} tokens do not fit: ${named.join('; ')}. The longest length that fits: ${p.maxTokens}.${after}`,
+  );
+}

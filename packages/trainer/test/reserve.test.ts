@@ -1,0 +1,63 @@
+import { attachLora, type CausalLM, loadModel } from '@lc/models';
+import { AdamW } from '@lc/qlora';
+import { deviceMemory } from '@lc/tensor';
+import { expectNoLeaks, seededRandom } from '@lc/tensor/testing';
+import { describe, expect, it } from 'vitest';
+import { reserveStep } from '../src/index.js';
+
+expectNoLeaks();
+const fixture = (name: string): string => new URL(`../../../test/fixtures/reference-models/${name}`, import.meta.url).pathname;
+
+async function adapted(name: string): Promise<CausalLM> {
+  const model = await loadModel(fixture(name), { loadIn4bit: name !== 'llama' });
+  attachLora(model, { r: 4, targetModules: ['q_proj', 'k_proj', 'v_proj', 'o_proj'] });
+  return model;
+}
+
+function sequence(tokens: number, vocab: number) {
+  const random = seededRandom(tokens);
+  const inputIds = Int32Array.from({ length: tokens }, () => Math.floor(random() * vocab));
+  return { inputIds, labels: inputIds };
+}
+
+const allocations = (): number => deviceMemory('cpu').allocations + deviceMemory('host').allocations;
+
+describe('reserveStep', () => {
+  it.each(['llama', 'gpt-oss', 'qwen3-moe'])('%s: the first step allocates nothing, at any size', async (name) => {
+    using model = await adapted(name);
+    using optimizer = new AdamW(model.parameters);
+    for (const sizes of [
+      {},
+      { chunk: 100, tile: 33, lossChunk: 7 },
+      { chunk: 64, tile: 512, layersPerSegment: 2, checkpointDeviceBytes: 0 },
+    ]) {
+      const warnings: string[] = [];
+      using reserved = reserveStep({ model, tokens: 300, ...sizes, onWarning: (message) => warnings.push(message) });
+      expect(reserved.attempts).toEqual([]);
+      if ('chunk' in sizes) expect(reserved.plan).toMatchObject({ chunk: sizes.chunk, tile: sizes.tile });
+      const before = allocations();
+      const { loss } = await reserved.session.step(sequence(300, model.config.vocabSize));
+      optimizer.step({ maxGradNorm: 1 });
+      expect(allocations() - before).toBe(0);
+      expect(Number.isFinite(loss)).toBe(true);
+      expect(warnings).toEqual([]);
+      expect(reserved.workspace.peakBytes).toBeLessThanOrEqual(reserved.plan.bytes.workspace);
+    }
+  });
+
+  it('plans smaller where the budget is small, and says what does not fit', async () => {
+    using model = await adapted('gpt-oss');
+    const at = (bytes: number, more = {}) => reserveStep({ model, tokens: 2048, budgets: { vram: bytes, ram: bytes }, ...more });
+    using roomy = at(2 ** 32);
+    const need = roomy.plan.predictedPeak.device + roomy.plan.predictedPeak.host;
+    using tight = at(need * 0.5);
+    expect(tight.plan.predictedPeak.device + tight.plan.predictedPeak.host).toBeLessThanOrEqual(need * 0.5);
+    expect(tight.plan.tile).toBeLessThan(roomy.plan.tile);
+    expect(() => at(1 << 20)).toThrow(
+      expect.objectContaining({
+        code: 'ERR_LC_PLAN',
+        message: expect.stringMatching(/2048 tokens do not fit: RAM: .*longest length that fits: \d+/),
+      }),
+    );
+  });
+});
