@@ -29,6 +29,8 @@ const schema = z.strictObject({
   maxGradNorm: z.number().nonnegative().default(1),
   optim: z.enum(['adamw_torch', 'adamw_8bit']).default('adamw_torch'),
   seed: z.number().int().nonnegative().max(0xffffffff).default(3407),
+  /** Same seed, same bits. False: faster attention backward on a GPU, at head dims up to 64, whose dQ is summed in no fixed order. */
+  deterministic: z.boolean().default(true),
   loggingSteps: count.default(1),
   /** Evaluate on evalDataset every N steps; default only at the end. */
   evalSteps: count.optional(),

@@ -44,7 +44,7 @@ export class TrainingEngine implements Disposable {
         reserveStep({
           ...{ model: model.inner, tokens, chunk: args.chunk, tile: args.tile ?? model.tile, lossChunk: args.lossChunk, onWarning },
           ...{ vramLimit: args.vramLimit, ramLimit: args.ramLimit, layersPerSegment: args.layersPerSegment },
-          checkpointDeviceBytes: args.checkpointDeviceBytes,
+          ...{ checkpointDeviceBytes: args.checkpointDeviceBytes, deterministic: args.deterministic },
         }),
       );
       this.session = reservation.session;

@@ -18,6 +18,7 @@ export function shapeOf({ config: c }: CausalLM): ModelShape {
     vocabSize: c.vocabSize,
     tieWordEmbeddings: c.tieWordEmbeddings,
     qkNorm: c.qkNorm,
+    fullAttentionLayers: c.layers.filter(({ window }) => window === null).length,
   };
 }
 

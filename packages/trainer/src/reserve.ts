@@ -23,6 +23,8 @@ export interface ReserveOptions {
   lossChunk?: number | undefined;
   /** Bytes of gradient checkpoints on the device. Default: what is left of it, up to all. */
   checkpointDeviceBytes?: number | undefined;
+  /** Layers without a window whose attention output is kept for backward; 'auto' (default): as many as fit. It changes no result. */
+  keep?: number | 'auto' | undefined;
   /** 'auto': as few as fit. Default 1. */
   layersPerSegment?: number | 'auto' | undefined;
   /** Bytes of device memory that the process may take in all, context and libraries included; default what is free. On the CPU: of RAM, besides what is taken already. */
@@ -35,6 +37,8 @@ export interface ReserveOptions {
   evaluateOnly?: boolean | undefined;
   /** 'require': host memory that cannot be pinned counts as a failed reservation. Default 'prefer': pageable memory is taken, with a warning. */
   pinning?: 'prefer' | 'require' | undefined;
+  /** See `TrainingSession`. Default true. */
+  deterministic?: boolean | undefined;
   prefetchAhead?: number | undefined;
   verifyRecompute?: boolean | undefined;
   /** Told once about memory that is not pinned, and about a workspace that the plan made too small. */
@@ -93,7 +97,9 @@ function planOptions(o: ReserveOptions, device: Device, budgets: { vram: number;
     adapterBytes: 0,
     ...(o.optimBits ? { optimBits: o.optimBits } : { optimizerBytes: 0 }),
     contextBytes: onGpu ? LIBRARIES : 0,
+    keep: o.evaluateOnly ? 0 : (o.keep ?? 'auto'),
     layersPerSegment: o.evaluateOnly ? 1 : (o.layersPerSegment ?? 1),
+    deterministic: o.deterministic ?? true,
     ...(Object.fromEntries(Object.entries(fixed).filter(([, value]) => value !== undefined)) as Partial<typeof fixed> as object),
   };
 }
@@ -102,6 +108,11 @@ const LIBRARIES = 192 << 20;
 
 /** Which budget an allocator's error is about. */
 const budgetOf = (error: LcError): Budget => (/ on cuda:\d+|VRAM/.test(error.message) ? 'VRAM' : 'RAM');
+
+/** What `reserveStep` would begin with, from what is free now: nothing is taken. @throws ERR_LC_ARGUMENT */
+export function planStep(o: ReserveOptions): Plan {
+  return plan(planOptions(o, o.model.device, measureBudgets(o, o.model.device)));
+}
 
 /**
  * Chooses chunk, tile, loss-chunk and store sizes from what is free, and takes all of a step's memory: activation store, sequence buffers, and the workspace in one
@@ -172,6 +183,8 @@ function take(o: ReserveOptions, p: Plan, attempts: readonly Attempt[]): Reserva
       new TrainingSession({
         ...{ model, tokens: o.tokens, chunk: p.chunk, lossChunk: p.lossChunk, ws: workspace },
         storeOptions: { deviceBytes: p.checkpoints.deviceBytes, layersPerSegment: p.segment },
+        ...(p.keep.layers > 0 ? { keep: { layers: p.keep.layers, deviceBytes: p.keep.deviceBytes } } : {}),
+        deterministic: o.deterministic ?? true,
         ...(o.prefetchAhead === undefined ? {} : { prefetchAhead: o.prefetchAhead }),
         ...(o.verifyRecompute === undefined ? {} : { verifyRecompute: o.verifyRecompute }),
         ...(o.evaluateOnly === undefined ? {} : { evaluateOnly: o.evaluateOnly }),

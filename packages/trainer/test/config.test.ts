@@ -16,6 +16,8 @@ describe('config', () => {
   it('fills in defaults and reads numbers as axolotl users write them', () => {
     const c = parseConfig(`${base}learning_rate: 1e-4\nlora_r: 8\n`, 'c.yaml');
     expect(c).toMatchObject({ learning_rate: 1e-4, lora_r: 8, adapter: 'qlora', excess_length_strategy: 'raise', lr_scheduler: 'cosine' });
+    expect(c.deterministic).toBe(true);
+    expect(parseConfig(`${base}deterministic: false\n`, 'c.yaml').deterministic).toBe(false);
   });
 
   it.each([

@@ -19,6 +19,8 @@ export interface LayerSizes {
   tokens: number;
   chunk: number;
   tile: number;
+  /** As for `attentionBackward`. Default true. */
+  deterministic?: boolean | undefined;
 }
 
 const has = (lora: LoraShape | undefined, name: string): boolean => (lora?.targets ?? []).some((target) => target.endsWith(name));
@@ -72,7 +74,7 @@ export function layerWorkBytes(s: LayerSizes): number {
   const [h, heads] = [m.hiddenSize, m.numAttentionHeads];
   const [q, kv] = [heads * m.headDim, m.numKeyValueHeads * m.headDim];
   const scratch = attentionWorkspaceBytes({
-    ...{ heads, kvHeads: m.numKeyValueHeads, headDim: m.headDim, window: null, device },
+    ...{ heads, kvHeads: m.numKeyValueHeads, headDim: m.headDim, window: null, device, deterministic: s.deterministic ?? true },
     ...{ tokens: n, start: s.tokens - n }, // the last chunk sees the most keys, and takes the most scratch
   });
   const kept = sum(n * q * act, 4 * n * heads); // attention output and log-sum-exp

@@ -5,6 +5,7 @@ import { LcTypeError, memInfo } from '@lc/tensor';
 import { layerWorkBytes, openLoraBytes } from './layer-bytes.js';
 import { modelWeights, trainableParameters } from './model-bytes.js';
 import { ramInfo } from './ram.js';
+import type { ModelShape } from './shape.js';
 import { storeBytes } from './store-bytes.js';
 import type { Plan, PlanOptions } from './types.js';
 
@@ -30,6 +31,7 @@ const amounts = [
 function check(o: PlanOptions): void {
   for (const [name, value] of [
     ...(['tokens', 'chunk', 'tile', 'lossChunk'] as const).map((key) => [key, o[key]] as const),
+    ['keep', o.keep === 'auto' || o.keep === 0 ? undefined : o.keep] as const,
     ['layersPerSegment', o.layersPerSegment === 'auto' ? undefined : o.layersPerSegment] as const,
     ['lora.r', o.lora?.r] as const,
   ]) {
@@ -51,10 +53,11 @@ interface Sizes {
   tile: number;
   lossChunk: number;
   layersPerSegment: number;
+  keep: number;
 }
 
 function measure(o: PlanOptions, sizes: Sizes, budgets: Budgets, quick: boolean): Plan {
-  const { tokens, chunk, tile, lossChunk, layersPerSegment } = sizes;
+  const { tokens, chunk, tile, lossChunk, layersPerSegment, keep } = sizes;
   const m = o.model;
   const device = o.device ?? 'cpu';
   const activations = o.dtypes?.activations ?? (device === 'cuda' ? 'bf16' : 'f32');
@@ -65,7 +68,7 @@ function measure(o: PlanOptions, sizes: Sizes, budgets: Budgets, quick: boolean)
   const kv = 2 * tokens * kvWidth * act;
   const dkv = 2 * tokens * kvWidth * 4;
   const { dequantized, experts } = weights;
-  const layer = { model: m, lora: o.lora, device, act, tokens, chunk, tile };
+  const layer = { model: m, lora: o.lora, device, act, tokens, chunk, tile, deterministic: o.deterministic };
   const chunkWork = layerWorkBytes(layer) + openLoraBytes(layer) + SLACK;
   const lossWork =
     2 * Math.min(chunk, tokens) * m.hiddenSize * act + Math.min(lossChunk, chunk, tokens) * bytesPerRow(m.vocabSize, m.hiddenSize) + SLACK;
@@ -89,19 +92,30 @@ function measure(o: PlanOptions, sizes: Sizes, budgets: Budgets, quick: boolean)
     sequence: tokens * 12,
   };
   const sum = fixed.weights + fixed.adapters + fixed.optimizer + fixed.context + fixed.sequence + workspace;
+  const keptWidth = keptBytesPerToken(m, act);
+  const keptStore = (onDevice: number) =>
+    keep === 0
+      ? { checkpointsOnDevice: 0, checkpointsOnHost: 0, staging: 0 }
+      : (quick ? storeBytes : planStore)({
+          ...{ layers: keep, tokens, chunk, width: keptWidth, layersPerSegment: 1, dtype: 'u8', dx: 'none', deviceBytes: onDevice },
+        }).bytes;
   const everything = store(Number.POSITIVE_INFINITY);
-  const room =
-    device === 'cuda'
-      ? Math.max(0, budgets.vram - sum - everything.bytes.dx - everything.bytes.scratch - 4 * chunk * m.hiddenSize * act)
-      : Number.POSITIVE_INFINITY;
+  const keptAll = keep * tokens * keptWidth;
+  const staging = { checkpoints: 4 * chunk * m.hiddenSize * act, kept: keep > 0 ? 4 * chunk * keptWidth : 0 };
+  const left = budgets.vram - sum - everything.bytes.dx - everything.bytes.scratch;
+  const room = device === 'cuda' ? Math.max(0, left - staging.checkpoints - staging.kept) : Number.POSITIVE_INFINITY;
   const s = store(o.checkpointDeviceBytes ?? Math.min(room, everything.bytes.checkpointsOnDevice));
-  const deviceBytes = sum + s.bytes.device;
-  const host = s.bytes.host;
+  // What is left on the device: the kept outputs, all or in part.
+  const rest = device === 'cuda' ? Math.max(0, left - s.bytes.checkpointsOnDevice - s.bytes.staging) : Number.POSITIVE_INFINITY;
+  const kept = keptStore(rest >= keptAll ? keptAll : Math.max(0, rest - staging.kept));
+  const deviceBytes = sum + s.bytes.device + kept.checkpointsOnDevice + kept.staging;
+  const host = s.bytes.host + kept.checkpointsOnHost;
   const checkpoints = Math.ceil(m.numHiddenLayers / layersPerSegment) * m.hiddenSize * act;
   const reasons: string[] = [];
   if (device === 'cuda') {
     if (deviceBytes > budgets.vram) reasons.push(`VRAM: ${gib(deviceBytes)} needed, ${gib(budgets.vram)} to be had`);
-    if (host > budgets.ram) reasons.push(`RAM: ${gib(host)} of gradient checkpoints, ${gib(budgets.ram)} to be had`);
+    if (host > budgets.ram)
+      reasons.push(`RAM: ${gib(host)} of gradient checkpoints${keep > 0 ? ' and kept outputs' : ''}, ${gib(budgets.ram)} to be had`);
   } else if (deviceBytes + host > Math.min(budgets.vram, budgets.ram)) {
     reasons.push(`RAM: ${gib(deviceBytes + host)} needed, ${gib(Math.min(budgets.vram, budgets.ram))} to be had`);
   }
@@ -112,12 +126,13 @@ function measure(o: PlanOptions, sizes: Sizes, budgets: Budgets, quick: boolean)
     lossChunk,
     segment: layersPerSegment,
     checkpoints: { deviceBytes: s.bytes.checkpointsOnDevice, hostBytes: s.bytes.checkpointsOnHost },
+    keep: { layers: keep, deviceBytes: kept.checkpointsOnDevice, hostBytes: kept.checkpointsOnHost },
     bytes: {
       ...fixed,
       gradients: trainable * 4,
       dx: s.bytes.dx,
       scratch: s.bytes.scratch,
-      staging: s.bytes.staging,
+      staging: s.bytes.staging + kept.staging,
       workspace,
       kv,
       dkv,
@@ -154,9 +169,22 @@ function lossChunks(o: PlanOptions, tokens: number): number[] {
   return [1, 2, 4, 8].map((part) => Math.ceil(largest / part));
 }
 
+/** What a layer of `@lc/models` keeps of a token (`DecoderLayer.keepBytes`): attention output and log-sum-exp. */
+const keptBytesPerToken = (m: ModelShape, act: number): number => Math.ceil((m.numAttentionHeads * (m.headDim * act + 4)) / 16) * 16;
+
+/** How many layers to keep, most first. */
+function keepChoices(o: PlanOptions): number[] {
+  const most = o.model.fullAttentionLayers ?? o.model.numHiddenLayers;
+  if (o.keep !== 'auto') return [Math.min(most, o.keep ?? 0)];
+  return [...new Set([1, 0.75, 0.5, 0.25, 0].map((share) => Math.floor(most * share)))];
+}
+
+/** With smaller chunks than this, kept outputs gain less than they cost. */
+const LEAST_CHUNK_KEPT = { cpu: 256, cuda: 4096 } as const;
+
 /**
  * The sizes that fit, tried in the order in which they cost speed: first fewer checkpoints on the device (`measure` gives them what is left), then smaller
- * tiles and loss chunks, then smaller chunks, then, where the user permits it, more layers per checkpoint.
+ * tiles and loss chunks, then smaller chunks, then fewer kept outputs, then, where the user permits it, more layers per checkpoint.
  * @param quick while searching: the same sizes without a list of every chunk
  */
 function best(o: PlanOptions, tokens: number, budgets: Budgets, quick: boolean): Plan {
@@ -165,16 +193,19 @@ function best(o: PlanOptions, tokens: number, budgets: Budgets, quick: boolean):
   const segments = o.layersPerSegment === 'auto' ? [1, 2, 3, 4].filter((k) => k <= o.model.numHiddenLayers) : [o.layersPerSegment ?? 1];
   let smallest: Plan | undefined;
   for (const layersPerSegment of segments) {
-    for (const wanted of o.chunk ? [o.chunk] : CHUNKS[device]) {
-      const chunk = Math.min(wanted, tokens);
-      const tiles = o.tile ? [o.tile] : TILES[device].filter((tile, i) => tile <= chunk || i === TILES[device].length - 1);
-      for (const tile of tiles) {
-        const sizes = { tokens, chunk, tile, layersPerSegment };
-        for (const lossChunk of losses) {
-          const p = measure(o, { ...sizes, lossChunk }, budgets, true);
-          if (p.fits) return quick ? p : measure(o, { ...sizes, lossChunk }, budgets, false);
-          smallest = p;
-          if (p.bytes.lossWork < p.bytes.workspace) break; // a smaller loss chunk saves nothing
+    for (const keep of keepChoices(o)) {
+      for (const wanted of o.chunk ? [o.chunk] : CHUNKS[device]) {
+        const chunk = Math.min(wanted, tokens);
+        if (keep > 0 && !o.chunk && wanted < LEAST_CHUNK_KEPT[device]) break;
+        const tiles = o.tile ? [o.tile] : TILES[device].filter((tile, i) => tile <= chunk || i === TILES[device].length - 1);
+        for (const tile of tiles) {
+          const sizes = { tokens, chunk, tile, layersPerSegment, keep };
+          for (const lossChunk of losses) {
+            const p = measure(o, { ...sizes, lossChunk }, budgets, true);
+            if (p.fits) return quick ? p : measure(o, { ...sizes, lossChunk }, budgets, false);
+            smallest = p;
+            if (p.bytes.lossWork < p.bytes.workspace) break; // a smaller loss chunk saves nothing
+          }
         }
       }
     }

@@ -16,6 +16,17 @@ export interface ModelShape {
   tieWordEmbeddings: boolean;
   /** RMSNorm over each head of Q and K (Qwen3). Default false. */
   qkNorm?: boolean;
+  /** Layers without a window: those whose attention output is worth keeping. Default: all. */
+  fullAttentionLayers?: number;
+}
+
+/** Layers without a window, where the config tells; else undefined, which counts all. */
+function fullLayers(c: Record<string, unknown>): number | undefined {
+  if (Array.isArray(c.layer_types)) return c.layer_types.filter((type) => type === 'full_attention').length;
+  // gpt-oss alternates, the windowed layer first.
+  return c.model_type === 'gpt_oss' && Number.isSafeInteger(c.num_hidden_layers)
+    ? Math.floor((c.num_hidden_layers as number) / 2)
+    : undefined;
 }
 
 /**
@@ -40,6 +51,7 @@ export function modelShapeFromConfig(config: unknown): ModelShape {
   const hiddenSize = count(['hidden_size']);
   const numAttentionHeads = count(['num_attention_heads']);
   const numExperts = count(['num_local_experts', 'num_experts'], 0);
+  const full = fullLayers(c);
   const shape: ModelShape = {
     numHiddenLayers: count(['num_hidden_layers']),
     hiddenSize,
@@ -52,6 +64,7 @@ export function modelShapeFromConfig(config: unknown): ModelShape {
     vocabSize: count(['vocab_size']),
     tieWordEmbeddings: c.tie_word_embeddings === true,
     ...(typeof c.model_type === 'string' && c.model_type.startsWith('qwen3') ? { qkNorm: true } : {}),
+    ...(full === undefined ? {} : { fullAttentionLayers: full }),
   };
   if (problems.length > 0) throw new LcError('ERR_LC_CONFIG', `config.json: ${problems.join('; ')}`);
   return shape;

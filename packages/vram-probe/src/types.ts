@@ -47,6 +47,13 @@ export interface PlanOptions {
   optimBits?: 8 | 32;
   /** A checkpoint every so many layers; 'auto': as few as fit, at most 4. Default 1. */
   layersPerSegment?: number | 'auto';
+  /**
+   * Layers without a window whose attention output and log-sum-exp are kept from forward to backward (`keep` of the schedule), which saves running their attention
+   * forward again; 'auto': as many as fit. Default 0.
+   */
+  keep?: number | 'auto';
+  /** Of attention's backward (`attentionBackward`): false takes scratch for the dQ of a chunk. Default true. */
+  deterministic?: boolean;
   /** Fix a size instead of choosing it. */
   chunk?: number;
   tile?: number;
@@ -63,6 +70,8 @@ export interface Plan {
   /** Layers per checkpoint. */
   segment: number;
   checkpoints: { deviceBytes: number; hostBytes: number };
+  /** Attention outputs kept from forward to backward: of how many layers, and where. */
+  keep: { layers: number; deviceBytes: number; hostBytes: number };
   /** Every part, in bytes. */
   bytes: {
     weights: number;
@@ -75,7 +84,7 @@ export interface Plan {
     context: number;
     /** Ids, labels, document starts. */
     sequence: number;
-    /** Gradient of one layer; recomputed layer inputs inside a segment; slots through which checkpoints pass to and from the host. */
+    /** Gradient of one layer; recomputed layer inputs inside a segment; slots through which checkpoints and kept outputs pass to and from the host. */
     dx: number;
     scratch: number;
     staging: number;

@@ -61,6 +61,8 @@ const schema = z.strictObject({
   weight_decay: z.number().nonnegative().default(0),
   max_grad_norm: z.number().nonnegative().default(1),
   seed: z.number().int().nonnegative().max(0xffffffff).default(42),
+  /** Not axolotl's: false trades the same bits every time for a faster attention backward on a GPU. */
+  deterministic: z.boolean().default(true),
 
   logging_steps: count.default(1),
   eval_steps: count.optional(),

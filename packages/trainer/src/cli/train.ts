@@ -40,6 +40,7 @@ function argsOf(c: TrainConfig): SFTConfig {
     maxGradNorm: c.max_grad_norm,
     optim: c.optimizer === 'adamw_torch' ? ('adamw_torch' as const) : ('adamw_8bit' as const),
     seed: c.seed,
+    deterministic: c.deterministic,
     loggingSteps: c.logging_steps,
     evalSteps: c.eval_steps,
     saveSteps: c.save_steps,

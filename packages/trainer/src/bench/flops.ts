@@ -1,0 +1,46 @@
+/** What a step must compute: the model fixes it, not the run. From it, the time below which an H100 could hardly go. */
+import type { ModelConfig } from '@lc/models';
+
+/** Attained rates of an H100 in FLOP/s that the floor divides by: bf16 GEMM of cuBLASLt, attention of cuDNN at head dim 64 (forward and backward). */
+export const floorRates = { gemm: 750e12, attention: 450e12 } as const;
+
+export interface StepFlops {
+  /** One forward of every layer's linears (active experts and router included), per token. */
+  linear: number;
+  /** Forward of the LM head and the gradient of its input, per token. */
+  head: number;
+  /** One forward of every layer's attention over visible pairs, for the whole sequence of one document. */
+  attention: number;
+  /** 3 x linear (forward, recomputation, gradient of the inputs) + head + 4.5 x attention (forward, recomputation, 2.5 in backward). */
+  step: number;
+  /** Seconds at `floorRates`. */
+  floorSeconds: number;
+}
+
+/** Pairs of a query and a key that it sees: all earlier keys, or the last `window`, itself included. */
+export function visiblePairs(tokens: number, window: number | null): number {
+  const w = Math.min(window ?? tokens, tokens);
+  return (w * (w + 1)) / 2 + (tokens - w) * w;
+}
+
+/**
+ * @param layers count only the first so many (a probe)
+ * @param attentionPasses 4.5; 3.5 where the attention output is kept for backward
+ */
+export function stepFlops(config: ModelConfig, tokens: number, layers = config.layers.length, attentionPasses = 4.5): StepFlops {
+  const { hiddenSize: h, headDim, vocabSize, moe } = config;
+  const q = config.numAttentionHeads * headDim;
+  const kv = config.numKeyValueHeads * headDim;
+  let linear = 0;
+  let attention = 0;
+  for (const { window, mlp } of config.layers.slice(0, layers)) {
+    const dense = 3 * h * config.intermediateSize;
+    const active = moe ? h * moe.numExperts + moe.numExpertsPerTok * 3 * h * moe.intermediateSize : 0;
+    linear += 2 * (h * (q + 2 * kv) + q * h + (mlp === 'moe' ? active : dense));
+    attention += 4 * q * visiblePairs(tokens, window);
+  }
+  const head = 4 * h * vocabSize;
+  const gemms = (3 * linear + head) * tokens;
+  const step = gemms + attentionPasses * attention;
+  return { linear, head, attention, step, floorSeconds: gemms / floorRates.gemm + (attentionPasses * attention) / floorRates.attention };
+}
