@@ -9,13 +9,17 @@ import { gpuTrain } from './train.gpu.js';
 import './tensor.gpu.js';
 import './ops.gpu.js';
 import './attention.gpu.js';
+import './large.gpu.js';
 
 const usage =
-  'usage: ./run test [filter] | ./run parity DIR | ./run bench gemm|rows|attention | ./run bench step [--tokens N] ... | ./run train MODEL_DIR TEXT_DIR [steps]';
+  'usage: ./run test [filter] | ./run parity DIR [--peer OUT_OF_PARITY_BF16.json] [--out OURS.json] | ./run bench gemm|rows|attention | ./run bench step [--tokens N] ... | ./run train MODEL_DIR TEXT_DIR [steps]';
 
 async function main([command, what = '', ...rest]: string[]): Promise<number> {
   if (command === 'test') return (await runTests(what)) ? 0 : 1;
-  if (command === 'parity' && what) return (await gpuParity(what)) ? 0 : 1;
+  if (command === 'parity' && what) {
+    const option = (name: string): string | undefined => (rest.includes(name) ? rest[rest.indexOf(name) + 1] : undefined);
+    return (await gpuParity(what, { peer: option('--peer'), out: option('--out') })) ? 0 : 1;
+  }
   if (command === 'train' && what && rest[0]) {
     await gpuTrain(what, rest[0], Number(rest[1] ?? 60));
     return 0;
