@@ -196,7 +196,7 @@ function check(name: string, p: Problem, got: Results): void {
 }
 
 const cases: [string, Case][] = [];
-for (const headDim of [32, 64, 96, 128]) {
+for (const headDim of [32, 64, 96, 128, 192, 256]) {
   for (const n of [1, 7]) cases.push([`${n} tokens, 4/2 heads x ${headDim}`, { n, heads: 4, kvHeads: 2, headDim }]);
   cases.push([`131 tokens, 2 heads x ${headDim}`, { n: 131, heads: 2, kvHeads: 2, headDim }]);
   cases.push([`300 tokens, 1 head x ${headDim}`, { n: 300, heads: 1, kvHeads: 1, headDim }]);
@@ -220,6 +220,8 @@ cases.push(
   ['3 tokens after 4,100', { n: 3, heads: 2, kvHeads: 1, headDim: 64, start: 4100, documents: [0, 77, 4101], sinks: true }],
   ['one token after 1,000', { n: 1, heads: 16, kvHeads: 2, headDim: 64, start: 1000, sinks: true }],
   ['71 heads on one K/V head', { n: 9, heads: 71, kvHeads: 1, headDim: 32, start: 70, sinks: true }],
+  ['head dim 136', { n: 77, heads: 4, kvHeads: 2, headDim: 136, start: 40, sinks: true }],
+  ['head dim 208', { n: 77, heads: 4, kvHeads: 1, headDim: 208, window: 20 }],
   ['head dim 80', { n: 77, heads: 4, kvHeads: 2, headDim: 80, sinks: true }],
   ['head dim 8', { n: 77, heads: 4, kvHeads: 2, headDim: 8, start: 33 }],
   ['scale 0', { n: 140, heads: 2, kvHeads: 2, headDim: 64, scale: 0 }],
@@ -284,7 +286,7 @@ test('attention: what a GPU does not take is refused', () => {
     }
   };
   for (const [got, want] of [
-    [call(136), /^ERR_LC_SHAPE.*multiple of 8 up to 128, got 136/],
+    [call(264), /^ERR_LC_SHAPE.*multiple of 8 up to 256, got 264/],
     [call(20), /^ERR_LC_SHAPE.*multiple of 8/],
     [call(64, { q: make([3, 2, 64], 'f32') }), /^ERR_LC_DTYPE.*bf16 on a GPU/],
     [call(64, { docStart: make([3], 'i32', 'cpu') }), /^ERR_LC_DEVICE/],

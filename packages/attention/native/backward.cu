@@ -63,6 +63,7 @@ int backward_delta(const Backward& b, void* stream) {
 int backward(const Backward& b, void* stream) {
   if (b.p.n == 0) return 0;
   if (const int error = backward_delta(b, stream)) return error;
+  if (b.dq_sum != nullptr) return backward_fused(b, stream);
   if (const int error = backward_kv(b, stream)) return error;
   return backward_q(b, stream);
 }

@@ -6,21 +6,25 @@
 namespace attention::cuda {
 namespace {
 
-template <int HD_, int MI_, int WARPS_, int BM_, int CTAS_, bool ROUNDED_>
+template <int HD_, int MI_, int WARPS_, int BM_, int CTAS_, bool ROUNDED_, int PARTS_ = 1>
 struct Config {
   static constexpr int HD = HD_, MI = MI_, WARPS = WARPS_, BM = BM_, CTAS = CTAS_, THREADS = WARPS * 32, BN = MI * 16 * WARPS;
   static constexpr bool ROUNDED = ROUNDED_;  // dS from P as it was rounded for dV, which takes half the registers
+  // A block sums one of PARTS parts of the head dims: dK and dV of wide heads are more than the registers hold. Scores are then computed PARTS times.
+  static constexpr int PARTS = PARTS_, PD = HD / PARTS;
   static constexpr int KEYS = BN * HD * 2, TILE = BM * HD * 2, SMEM = 2 * KEYS + 4 * TILE + 2 * BM * 16;
   static_assert(BM <= THREADS, "one thread per row");
+  static_assert(SMEM <= kSharedEverywhere, "shared memory");
 };
 
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, C::CTAS) kv_kernel(const __grid_constant__ Backward b, int key_base) {
-  constexpr int HD = C::HD, MI = C::MI, BN = C::BN, BM = C::BM, THREADS = C::THREADS, KK = HD / 16;
+  constexpr int HD = C::HD, PD = C::PD, MI = C::MI, BN = C::BN, BM = C::BM, THREADS = C::THREADS, KK = HD / 16;
   extern __shared__ __align__(128) unsigned char smem[];
   const Problem& p = b.p;
   const int kv_head = static_cast<int>(blockIdx.x) % p.kv_heads, group = p.group;
-  const int key0 = key_base + static_cast<int>(blockIdx.x) / p.kv_heads * BN, keys = p.start + p.n;
+  const int work = static_cast<int>(blockIdx.x) / p.kv_heads, part = C::PARTS == 1 ? 0 : work % C::PARTS;
+  const int key0 = key_base + work / C::PARTS * BN, keys = p.start + p.n;
   const int last_key = min(key0 + BN, keys) - 1;
   // Queries that see any of the keys.
   const int begin = max(0, key0 - p.start);
@@ -83,7 +87,7 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) kv_kernel(const __grid_co
   keep(0, fetch(row_begin));
 
   const Fragment<HD> fa = a_fragment<HD>(warp * MI * 16), fb = b_fragment<HD>(), ft = t_fragment<HD>();
-  float dk[MI][HD / 8][4] = {}, dv[MI][HD / 8][4] = {};
+  float dk[MI][PD / 8][4] = {}, dv[MI][PD / 8][4] = {};
   const float c = p.scale * kLog2e;
   int stage = 0;
 #pragma unroll 1
@@ -161,9 +165,9 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) kv_kernel(const __grid_co
         pp[kk][i][3] = pack(s[i][kk * 2 + 1][2], s[i][kk * 2 + 1][3]);
       }
 #pragma unroll
-      for (int j = 0; j < HD / 16; j++) {
+      for (int j = 0; j < PD / 16; j++) {
         uint32_t f[4];
-        ldmatrix_trans(f, ft.get(tdo, kk, j));
+        ldmatrix_trans(f, ft.get(tdo, kk, part * (PD / 16) + j));
 #pragma unroll
         for (int i = 0; i < MI; i++) {
           mma(dv[i][j * 2], pp[kk][i], f[0], f[1]);
@@ -214,9 +218,9 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) kv_kernel(const __grid_co
         a[i][3] = pack(d[i][kk * 2 + 1][2], d[i][kk * 2 + 1][3]);
       }
 #pragma unroll
-      for (int j = 0; j < HD / 16; j++) {
+      for (int j = 0; j < PD / 16; j++) {
         uint32_t f[4];
-        ldmatrix_trans(f, ft.get(tq, kk, j));
+        ldmatrix_trans(f, ft.get(tq, kk, part * (PD / 16) + j));
 #pragma unroll
         for (int i = 0; i < MI; i++) {
           mma(dk[i][j * 2], a[i], f[0], f[1]);
@@ -236,8 +240,8 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) kv_kernel(const __grid_co
       float* to_k = b.dk + key * b.dk_stride + static_cast<int64_t>(kv_head) * p.dim;
       float* to_v = b.dv + key * b.dv_stride + static_cast<int64_t>(kv_head) * p.dim;
 #pragma unroll
-      for (int j = 0; j < HD / 8; j++) {
-        const int column = j * 8 + lane % 4 * 2;
+      for (int j = 0; j < PD / 8; j++) {
+        const int column = part * PD + j * 8 + lane % 4 * 2;
         if (column >= p.dim) continue;
         float2* at_k = reinterpret_cast<float2*>(to_k + column);
         float2* at_v = reinterpret_cast<float2*>(to_v + column);
@@ -255,7 +259,7 @@ int start(const Backward& b, void* stream) {
   const int base = low / C::BN * C::BN;  // tiles of one grid, whatever the chunk
   const int64_t tiles = (static_cast<int64_t>(p.start) + p.n - base + C::BN - 1) / C::BN;
   if (const int error = allow_shared_memory(reinterpret_cast<const void*>(kv_kernel<C>), C::SMEM)) return error;
-  kv_kernel<C><<<static_cast<unsigned>(tiles * p.kv_heads), C::THREADS, C::SMEM, static_cast<cudaStream_t>(stream)>>>(b, base);
+  kv_kernel<C><<<static_cast<unsigned>(tiles * C::PARTS * p.kv_heads), C::THREADS, C::SMEM, static_cast<cudaStream_t>(stream)>>>(b, base);
   return cudaGetLastError();
 }
 
@@ -267,7 +271,9 @@ int backward_kv(const Backward& b, void* stream) {
   if (b.p.dim <= 64 && b.p.window == 0 && b.p.start + b.p.n >= 4096) return start<Config<64, 2, 8, 64, 1, true>>(b, stream);
   if (b.p.dim <= 64) return start<Config<64, 2, 4, 64, 2, true>>(b, stream);
   if (b.p.dim <= 96) return start<Config<96, 1, 4, 64, 1, true>>(b, stream);
-  return start<Config<128, 1, 4, 64, 1, true>>(b, stream);
+  if (b.p.dim <= 128) return start<Config<128, 1, 4, 64, 1, true>>(b, stream);
+  if (b.p.dim <= 192) return start<Config<192, 1, 4, 32, 1, true, 2>>(b, stream);
+  return start<Config<256, 1, 4, 16, 1, true, 2>>(b, stream);
 }
 
 }  // namespace attention::cuda

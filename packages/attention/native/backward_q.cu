@@ -10,6 +10,7 @@ struct Config {
   static constexpr int HD = HD_, MI = MI_, WARPS = WARPS_, BN = BN_, CTAS = CTAS_, THREADS = WARPS * 32, BM = MI * 16 * WARPS;
   static constexpr bool REGS = REGS_;  // q's and dout's fragments stay in registers
   static constexpr int ROWS_BYTES = BM * HD * 2, TILE = BN * HD * 2, SMEM = 2 * ROWS_BYTES + 4 * TILE + BM * 8;
+  static_assert(SMEM <= kSharedEverywhere, "shared memory");
 };
 
 template <class C>
@@ -193,7 +194,9 @@ int backward_q(const Backward& b, void* stream) {
   if (b.p.dim <= 32) return start<Config<32, 2, 4, 64, 2, false>>(b, stream);
   if (b.p.dim <= 64) return start<Config<64, 2, 4, 64, 2, false>>(b, stream);
   if (b.p.dim <= 96) return start<Config<96, 2, 4, 32, 1, false>>(b, stream);
-  return start<Config<128, 2, 4, 32, 1, false>>(b, stream);
+  if (b.p.dim <= 128) return start<Config<128, 2, 4, 32, 1, false>>(b, stream);
+  if (b.p.dim <= 192) return start<Config<192, 1, 4, 32, 1, false>>(b, stream);
+  return start<Config<256, 1, 4, 16, 1, false>>(b, stream);
 }
 
 }  // namespace attention::cuda

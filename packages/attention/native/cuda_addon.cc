@@ -106,6 +106,7 @@ void backward(const Args& a) {
   b.dsinks = list<float>(a, "dSinks", LCTX_F32, q.shape[1], q);
   require(a, b.dsinks == nullptr || b.p.sinks != nullptr, "ERR_LC_ARGUMENT", "dSinks needs sinks");
   if (b.dsinks) b.sink_partial = needed<float>(a, "partial", LCTX_F32, kSinkParts * q.shape[1], q);
+  if (const int64_t floats = backward_fused_floats(b.p)) b.dq_sum = list<float>(a, "dqSum", LCTX_F32, floats, q);
   const cudaStream_t stream = lctx::cuda_stream(a, q);
   lctx::cuda_must(a, backward(b, stream));
 }

@@ -5,7 +5,7 @@
 
 namespace attention::cuda {
 
-constexpr int kMaxDim = 128;       /* larger head dims need other tiles */
+constexpr int kMaxDim = 256;       /* larger head dims need other tiles */
 constexpr int kMaxRopePairs = 128; /* frequencies travel as kernel arguments */
 constexpr int kSinkParts = 128;    /* partial sums of dSinks */
 
@@ -47,6 +47,7 @@ struct Backward {
   float* dsinks;       /* or null */
   float* delta;        /* [n, heads] scratch */
   float* sink_partial; /* [kSinkParts, heads] scratch; with dsinks */
+  float* dq_sum;       /* scratch of backward_fused_floats(p), or null: sums in a fixed order */
 };
 
 struct Rope {
@@ -65,6 +66,10 @@ int backward(const Backward& b, void* stream); /* all of the following, in order
 int backward_delta(const Backward& b, void* stream);
 int backward_kv(const Backward& b, void* stream);
 int backward_q(const Backward& b, void* stream);
+/* dQ, dK and dV in one kernel, dQ summed in no fixed order in `dq_sum`: for full attention at head dims where that is faster. Floats that it needs of
+ * [n, heads, dim], rows and dims rounded up to tiles; 0: not for this problem. */
+int64_t backward_fused_floats(const Problem& p);
+int backward_fused(const Backward& b, void* stream);
 int rope(const Rope& r, void* stream);
 
 }  // namespace attention::cuda

@@ -10,6 +10,7 @@ struct Config {
   static constexpr int HD = HD_, MI = MI_, WARPS = WARPS_, BN = BN_, CTAS = CTAS_, THREADS = WARPS * 32, BM = MI * 16 * WARPS;
   static constexpr bool QREG = QREG_;  // q's fragments stay in registers
   static constexpr int Q_BYTES = BM * HD * 2, TILE = BN * HD * 2, SMEM = Q_BYTES + 4 * TILE + BM * 8;
+  static_assert(SMEM <= kSharedEverywhere, "shared memory");
 };
 
 template <class C>
@@ -211,7 +212,9 @@ int forward(const Forward& f, void* stream) {
   if (f.p.dim <= 32) return start<Config<32, 2, 4, 64, 2, true>>(f, stream);
   if (f.p.dim <= 64) return start<Config<64, 2, 4, 64, 2, true>>(f, stream);
   if (f.p.dim <= 96) return start<Config<96, 2, 4, 64, 1, false>>(f, stream);
-  return start<Config<128, 2, 4, 64, 1, false>>(f, stream);
+  if (f.p.dim <= 128) return start<Config<128, 2, 4, 64, 1, false>>(f, stream);
+  if (f.p.dim <= 192) return start<Config<192, 1, 4, 32, 1, false>>(f, stream);
+  return start<Config<256, 1, 4, 32, 1, false>>(f, stream);
 }
 
 }  // namespace attention::cuda

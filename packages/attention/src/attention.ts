@@ -1,10 +1,10 @@
 import { LcTypeError, numThreads, type Tensor, type Workspace } from '@lc/tensor';
 import { native } from './native.js';
-import { backwardSegments, checkAttention, expectDevice, expectTensor, isCuda, SINK_PARTS, scratchFloats } from './plan.js';
+import { backwardSegments, checkAttention, dqSumFloats, expectDevice, expectTensor, isCuda, SINK_PARTS, scratchFloats } from './plan.js';
 
 /**
  * What both passes take. Rows (dimension 0) of q, k, v, out and their gradients may be strided: slices of a fused projection.
- * Activations are f32 on the CPU and bf16 on a GPU, where head dims are multiples of 8 up to 128 and bf16 rows begin at multiples of 16 bytes.
+ * Activations are f32 on the CPU and bf16 on a GPU, where head dims are multiples of 8 up to 256 and bf16 rows begin at multiples of 16 bytes.
  */
 export interface AttentionArgs {
   /** f32 (bf16 on a GPU) [n, heads, headDim], rotated already. */
@@ -83,12 +83,17 @@ export interface AttentionBackwardArgs extends AttentionArgs {
   dv: Tensor;
   /** f32 [heads]: added to. Needs `sinks`. */
   dSinks?: Tensor | null;
+  /**
+   * Default true: the same bits every time. False: on a GPU, full attention at head dims up to 64 sums dQ in no fixed order, which is faster and takes
+   * f32 scratch for all of dQ (`attentionWorkspaceBytes`); dQ then differs from run to run by the rounding of f32 sums. dK, dV and dSinks stay as they are.
+   */
+  deterministic?: boolean;
 }
 
 /**
  * Gradients of `attentionForward`, from its `out` and `lse` and the same other arguments. Probabilities are recomputed tile by tile
  * (FlashAttention-2, Dao 2023); with sinks the same formulas hold for the out and lse that include them, and
- * dSinks[h] = -sum over queries of exp(sinks[h] - lse) * rowsum(dout * out). The same call gives the same bits, whatever the number of threads.
+ * dSinks[h] = -sum over queries of exp(sinks[h] - lse) * rowsum(dout * out). The same call gives the same bits, whatever the number of threads, unless `deterministic` is false.
  *
  * Adds into dk and dv of keys 0 .. start + n, so a sequence's gradient is complete when every chunk has been through here, in any order.
  * @throws as attentionForward
@@ -116,7 +121,8 @@ export function attentionBackward(args: AttentionBackwardArgs): void {
     };
     if (isCuda(q)) {
       const partial = args.dSinks ? ws.alloc([SINK_PARTS * shape.heads], 'f32') : null;
-      native().backward({ ...common, scratch: null, slots: 0, partial, segments: 0 });
+      const sum = dqSumFloats({ ...shape, deterministic: args.deterministic ?? true });
+      native().backward({ ...common, scratch: null, slots: 0, partial, segments: 0, dqSum: sum > 0 ? ws.alloc([sum], 'f32') : null });
       return;
     }
     const slots = numThreads();

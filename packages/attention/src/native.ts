@@ -40,6 +40,8 @@ export interface AttentionNative {
         /** CPU: dQ of the key segments 1.. ; CUDA: partial sums of dSinks. */
         partial: Tensor | null;
         segments: number;
+        /** CUDA, in no fixed order: where dQ is summed; null or missing: deterministic. */
+        dqSum?: Tensor | null;
       },
   ): void;
   rope(args: {

@@ -14,13 +14,15 @@ export interface AttentionShape {
   window?: number | null;
   /** Where it runs. Default 'cpu'. */
   device?: 'cpu' | 'cuda';
+  /** As for `attentionBackward`: false takes more scratch on a GPU. Default true. */
+  deterministic?: boolean;
 }
 
 const MAX_SEGMENTS = 8;
 const KEYS_PER_SEGMENT = 512;
 const ALIGN = 256;
 /** native/cuda_kernels.h, kMaxDim. */
-const MAX_CUDA_DIM = 128;
+const MAX_CUDA_DIM = 256;
 /** native/cuda_kernels.h, kSinkParts. */
 export const SINK_PARTS = 128;
 
@@ -44,12 +46,26 @@ export function scratchFloats(headDim: number): { forward: number; backward: num
   return found;
 }
 
+/** native/backward_fused.cu: rows of a tile, and the widest head that it takes. */
+const FUSED_ROWS = 64;
+const FUSED_DIM = 64;
+
+/**
+ * f32 elements that a backward pass in no fixed order sums dQ in, on a GPU: [n, heads, headDim], tokens and head dim rounded up to tiles. 0: the pass is
+ * deterministic anyway (windowed layers and wide heads, where the fused kernel gains nothing).
+ */
+export function dqSumFloats(shape: AttentionShape): number {
+  const { tokens, heads, kvHeads, headDim, window, deterministic = true } = shape;
+  if (deterministic || window || headDim > FUSED_DIM) return 0;
+  return kvHeads * Math.ceil((tokens * heads) / kvHeads / FUSED_ROWS) * FUSED_ROWS * Math.ceil(headDim / 32) * 32;
+}
+
 const bytes = (floats: number): number => Math.ceil((floats * 4) / ALIGN) * ALIGN;
 
 /** Bytes that `attentionForward` and `attentionBackward` take from the workspace and give back: O(chunk), whatever the length of the prefix. */
 export function attentionWorkspaceBytes(shape: AttentionShape): { forward: number; backward: number } {
   const rows = shape.tokens * shape.heads;
-  if (shape.device === 'cuda') return { forward: 0, backward: bytes(rows) + bytes(SINK_PARTS * shape.heads) };
+  if (shape.device === 'cuda') return { forward: 0, backward: bytes(rows) + bytes(SINK_PARTS * shape.heads) + bytes(dqSumFloats(shape)) };
   const scratch = scratchFloats(shape.headDim);
   const threads = numThreads();
   const segments = backwardSegments(shape);

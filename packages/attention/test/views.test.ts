@@ -117,6 +117,20 @@ const code = (fn: () => void): string => {
   return 'no error';
 };
 
+test('on a GPU dQ without a fixed order takes f32 scratch for all of it, in whole tiles', () => {
+  const bytes = (changes: object): number =>
+    attentionWorkspaceBytes({ tokens: 1000, heads: 64, kvHeads: 8, headDim: 64, start: 0, device: 'cuda', ...changes }).backward;
+  const fixed = bytes({});
+  expect(bytes({ deterministic: true })).toBe(fixed);
+  expect(bytes({ deterministic: false }) - fixed).toBe(1000 * 64 * 64 * 4);
+  expect(bytes({ deterministic: false, headDim: 40 }) - fixed).toBe(1000 * 64 * 64 * 4);
+  const odd = { tokens: 7, heads: 6, kvHeads: 2, headDim: 32 };
+  expect(bytes({ ...odd, deterministic: false }) - bytes(odd)).toBe(2 * 64 * 32 * 4);
+  for (const changes of [{ window: 128 }, { headDim: 128 }]) expect(bytes({ ...changes, deterministic: false })).toBe(bytes(changes));
+  const cpu = { tokens: 1000, heads: 4, kvHeads: 2, headDim: 64, start: 0 };
+  expect(attentionWorkspaceBytes({ ...cpu, deterministic: false })).toEqual(attentionWorkspaceBytes(cpu));
+});
+
 test('bad input is a typed error that says what was expected', () => {
   using ws = new Workspace();
   using q = zeros([5, 4, 16]);

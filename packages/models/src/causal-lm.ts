@@ -78,6 +78,11 @@ export class CausalLM implements Disposable {
     for (const { mlp } of this.layers) if (mlp instanceof TiledBlock) mlp.tile = tokens;
   }
 
+  /** Whether backward gives the same bits every time; layers begin as deterministic. See `attentionBackward`. */
+  setDeterministic(deterministic: boolean): void {
+    for (const layer of this.layers) layer.deterministic = deterministic;
+  }
+
   /** The rotation in force. */
   get rope(): RopeTable {
     this.table ??= this.ropeFor(0);

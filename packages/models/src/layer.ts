@@ -47,6 +47,8 @@ export interface DecoderLayerOptions {
   readonly mlp: Block;
   /** The rotation in force; asked for at every call, since dynamic RoPE depends on the length of the sequence. */
   readonly rope: () => RopeTable;
+  /** Whether attention's gradients have the same bits every time (`attentionBackward`); may be changed later. Default true. */
+  readonly deterministic?: boolean;
 }
 
 /** K, V [tokens, kvHeads, headDim] in the workspace's dtype; dK, dV f32 of the same shape in a backward pass. */
@@ -63,10 +65,13 @@ export interface DecoderLayerState extends LayerState {
  */
 export class DecoderLayer implements Layer {
   readonly scale: number;
+  /** As in `attentionBackward`. */
+  deterministic: boolean;
   private mlpBlock: Block;
 
   constructor(readonly options: DecoderLayerOptions) {
     this.scale = 1 / Math.sqrt(options.headDim);
+    this.deterministic = options.deterministic ?? true;
     this.mlpBlock = options.mlp;
   }
 
@@ -172,6 +177,7 @@ export class DecoderLayer implements Layer {
         window: this.options.window,
         sinks,
         scale: this.scale,
+        deterministic: this.deterministic,
         ws,
       });
       // Chunks come right to left: no later query adds to this chunk's dK and dV any more.

@@ -29,6 +29,11 @@ export interface TrainingSessionOptions {
   readonly prefetchAhead?: number;
   /** Only `evaluate` will be called: no checkpoints are kept. */
   readonly evaluateOnly?: boolean;
+  /**
+   * Same sequence, same gradients, bit for bit. Default true. False: on a GPU full attention's backward is faster at head dims up to 64, sums dQ in no fixed
+   * order, and takes f32 scratch for the dQ of a chunk; the CPU is deterministic always.
+   */
+  readonly deterministic?: boolean;
   /** For tests: hold every recomputed layer output against the forward's, bit for bit. */
   readonly verifyRecompute?: boolean;
 }
@@ -70,6 +75,7 @@ export class TrainingSession implements Disposable {
   private readonly ws: Workspace;
   private readonly lossChunk: ChunkSize;
   private readonly tokens: number;
+  private readonly deterministic: boolean;
   private readonly ids: Tensor;
   private readonly labels: Tensor;
   private readonly docs: Tensor;
@@ -83,6 +89,7 @@ export class TrainingSession implements Disposable {
     this.model = model;
     this.ws = ws;
     this.tokens = tokens;
+    this.deterministic = options.deterministic ?? true;
     this.lossChunk = lossChunk;
     try {
       this.schedule = this.scope.own(
@@ -113,6 +120,7 @@ export class TrainingSession implements Disposable {
     const { dropoutSeed, layers, ...run } = options;
     const { docStart, tokens, numTokens, supervised } = this.begin('step', sequence, options.numTokens);
     const { model, schedule, ws } = this;
+    model.setDeterministic(this.deterministic);
     schedule.begin({ tokens, docStart, dropoutSeed, layers });
     let loss = 0;
     await schedule.forwardAsync((out, at) => model.embedForward(this.ids.rows(at.start, at.length), out), run);

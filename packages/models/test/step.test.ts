@@ -120,6 +120,24 @@ describe('TrainingSession', () => {
     await expect(run({ keep: { layers: -1 } })).rejects.toMatchObject({ code: 'ERR_LC_ARGUMENT' });
   });
 
+  it('tells the layers whether to be deterministic; on the CPU they are', async () => {
+    using model = await withAdapter('gpt-oss');
+    const sequence = packed([23, 18]);
+    const run = async (options: Partial<TrainingSessionOptions>): Promise<Float32Array[]> => {
+      using ws = new Workspace();
+      using session = new TrainingSession({ model, tokens: 41, chunk: 16, ws, ...options });
+      zero(model.parameters);
+      await session.step(sequence);
+      return gradients(model.parameters);
+    };
+    const want = await run({});
+    expect(model.layers.every((layer) => layer.deterministic)).toBe(true);
+    expect(await run({ deterministic: false })).toEqual(want);
+    expect(model.layers.some((layer) => layer.deterministic)).toBe(false);
+    await run({});
+    expect(model.layers.every((layer) => layer.deterministic)).toBe(true);
+  });
+
   it('evaluates without gradients', async () => {
     using model = await withAdapter('llama');
     using ws = new Workspace();
