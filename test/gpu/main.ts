@@ -10,6 +10,7 @@ import './tensor.gpu.js';
 import './ops.gpu.js';
 import './attention.gpu.js';
 import './large.gpu.js';
+import './repeat.gpu.js';
 
 const usage =
   'usage: ./run test [filter] | ./run parity DIR [--peer OUT_OF_PARITY_BF16.json] [--out OURS.json] | ./run bench gemm|rows|attention | ./run bench step [--tokens N] ... | ./run train MODEL_DIR TEXT_DIR [steps]';
