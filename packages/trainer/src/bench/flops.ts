@@ -11,7 +11,7 @@ export interface StepFlops {
   head: number;
   /** One forward of every layer's attention over visible pairs, for the whole sequence of one document. */
   attention: number;
-  /** 3 x linear (forward, recomputation, gradient of the inputs) + head + 4.5 x attention (forward, recomputation, 2.5 in backward). */
+  /** 3 x linear (forward, recomputation, gradient of the inputs) + head + 4.5 x attention (forward, recomputation, 2.5 in backward; 3.5 where its output is kept). */
   step: number;
   /** Seconds at `floorRates`. */
   floorSeconds: number;
@@ -24,23 +24,35 @@ export function visiblePairs(tokens: number, window: number | null): number {
 }
 
 /**
- * @param layers count only the first so many (a probe)
- * @param attentionPasses 4.5; 3.5 where the attention output is kept for backward
+ * @param options.layers count only the first so many (a probe)
+ * @param options.kept the last so many layers without a window keep their attention output, so that backward does not run attention forward again
  */
-export function stepFlops(config: ModelConfig, tokens: number, layers = config.layers.length, attentionPasses = 4.5): StepFlops {
+export function stepFlops(config: ModelConfig, tokens: number, options: { layers?: number; kept?: number } = {}): StepFlops {
   const { hiddenSize: h, headDim, vocabSize, moe } = config;
+  const { layers = config.layers.length, kept = 0 } = options;
   const q = config.numAttentionHeads * headDim;
   const kv = config.numKeyValueHeads * headDim;
+  const keeps = new Set(
+    config.layers.flatMap(({ window }, i) => (window === null ? [i] : [])).slice(kept > 0 ? -kept : config.layers.length),
+  );
   let linear = 0;
   let attention = 0;
-  for (const { window, mlp } of config.layers.slice(0, layers)) {
+  let attentionWork = 0;
+  for (const [i, { window, mlp }] of config.layers.slice(0, layers).entries()) {
     const dense = 3 * h * config.intermediateSize;
     const active = moe ? h * moe.numExperts + moe.numExpertsPerTok * 3 * h * moe.intermediateSize : 0;
+    const forward = 4 * q * visiblePairs(tokens, window);
     linear += 2 * (h * (q + 2 * kv) + q * h + (mlp === 'moe' ? active : dense));
-    attention += 4 * q * visiblePairs(tokens, window);
+    attention += forward;
+    attentionWork += (keeps.has(i) ? 3.5 : 4.5) * forward;
   }
   const head = 4 * h * vocabSize;
   const gemms = (3 * linear + head) * tokens;
-  const step = gemms + attentionPasses * attention;
-  return { linear, head, attention, step, floorSeconds: gemms / floorRates.gemm + (attentionPasses * attention) / floorRates.attention };
+  return {
+    linear,
+    head,
+    attention,
+    step: gemms + attentionWork,
+    floorSeconds: gemms / floorRates.gemm + attentionWork / floorRates.attention,
+  };
 }

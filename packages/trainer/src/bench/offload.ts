@@ -34,7 +34,11 @@ export async function benchOffload(device: DeviceLike, { bytes, chunk, width }: 
   const host = scope.own(empty([bytes], { dtype: 'u8', device: 'host', label: 'bench' }));
   const took = (performance.now() - from) / 1000;
   const pinned = isPinned(host);
-  rows.push({ what: pinned ? 'pinning host memory' : 'host memory (not pinned)', seconds: took, gbPerSecond: bytes / took / 1e9 });
+  rows.push({
+    what: pinned ? 'pinning host memory' : 'host memory (not pinned)',
+    seconds: took,
+    ...(pinned ? { gbPerSecond: bytes / took / 1e9 } : {}),
+  });
   fill(host, 1);
   {
     using own = new Scope();

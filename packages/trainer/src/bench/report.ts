@@ -41,10 +41,9 @@ export function benchDevice(device: string): DeviceLike {
   try {
     requireDevice(device as DeviceLike);
   } catch (error) {
-    if (!(error instanceof LcError)) throw error;
-    throw new LcError(error.code, `${error.message}. lc bench measures a GPU unless told otherwise; --device cpu tries it on the CPU`, {
-      cause: error,
-    });
+    const { code, message } = error as LcError;
+    if (typeof code !== 'string') throw error;
+    throw new LcError(code, `${message}. lc bench measures a GPU; --device cpu tries it on the CPU, at sizes for a CPU`, { cause: error });
   }
   return device as DeviceLike;
 }
@@ -75,7 +74,8 @@ export const text =
   (row: Row): string =>
     row[key] === undefined || row[key] === null ? '' : String(row[key]);
 export const count = (n: number): string => n.toLocaleString('en-US');
-export const gibibytes = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;
+export const gibibytes = (bytes: number): string =>
+  bytes < 2 ** 27 ? `${(bytes / 2 ** 20).toFixed(1)} MiB` : `${(bytes / 2 ** 30).toFixed(2)} GiB`;
 
 export function markdown(table: Table): string {
   const lines = [

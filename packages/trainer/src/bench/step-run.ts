@@ -1,7 +1,7 @@
 /** One training step of a model in memory: reserved, warmed up, timed. What does not fit is an answer, not a failure. */
 import type { CausalLM, SequenceLoss, TokenSequence } from '@lc/models';
 import type { AdamW } from '@lc/qlora';
-import { copy, deviceMemory, empty, fill, LcError, memInfo, resetPeak, Scope, type Tensor } from '@lc/tensor';
+import { deviceMemory, empty, fill, LcError, memInfo, resetPeak, Scope } from '@lc/tensor';
 import { planStep, type Reservation, type ReserveOptions, reserveStep } from '../reserve.js';
 import { Clock } from './clock.js';
 import { stepFlops } from './flops.js';
@@ -22,6 +22,8 @@ export interface StepResult {
   tile?: number;
   lossChunk?: number;
   layersPerSegment?: number;
+  /** Layers whose attention output was kept for backward. */
+  kept?: number;
   reserveSeconds?: number;
   seconds?: number;
   tokensPerSecond?: number;
@@ -39,7 +41,8 @@ export interface StepResult {
   /** The floor's FLOPs over the seconds. */
   tflops?: number;
   vram?: { driverPeakBytes: number | null; allocatorPeakBytes: number; byLabel: Record<string, number> };
-  hostBytes?: { checkpoints: number; other: number };
+  /** Of the activation store, and all that lc's allocator pinned. */
+  hostBytes?: { checkpoints: number; peak: number };
   checkpoints?: { deviceBytes: number; hostBytes: number };
   warnings?: string[];
 }
@@ -70,7 +73,11 @@ function reserveOptions(model: CausalLM, c: StepCase, alreadyTaken: boolean): Re
   // Whole logits lie beside the plan. A limit on a GPU counts everything taken; on the CPU it does not.
   const beside = wholeLogitsBytes > 0 && !(alreadyTaken && onGpu);
   const vramLimit = beside ? Math.min(c.vram ?? Number.POSITIVE_INFINITY, onGpu ? totalBytes : freeBytes) - wholeLogitsBytes : c.vram;
-  return { ...{ model, tokens: c.tokens, vramLimit, ramLimit: c.ram, layersPerSegment: c.layersPerSegment }, ...sizes };
+  return {
+    ...{ model, tokens: c.tokens, vramLimit, ramLimit: c.ram, layersPerSegment: c.layersPerSegment },
+    ...{ keep: c.keep, deterministic: !c.nondeterministic },
+    ...sizes,
+  };
 }
 
 /** The plan alone: nothing is taken. */
@@ -194,10 +201,10 @@ async function measure(
   if (onGpu) driverPeak = Math.max(driverPeak, usedOn(model.device));
   const memory = deviceMemory(model.device);
   const layers = c.probe ? Math.min(PROBE_LAYERS, model.layers.length) : model.layers.length;
-  const flops = stepFlops(model.config, c.tokens, layers);
+  const flops = stepFlops(model.config, c.tokens, { layers, kept: plan.keep.layers });
   return {
     fits: true,
-    ...{ layers, chunk: plan.chunk, tile: plan.tile, lossChunk: plan.lossChunk, layersPerSegment: plan.segment },
+    ...{ layers, chunk: plan.chunk, tile: plan.tile, lossChunk: plan.lossChunk, layersPerSegment: plan.segment, kept: plan.keep.layers },
     ...{ reserveSeconds: prepared.reserveSeconds, seconds, tokensPerSecond: c.tokens / seconds, loss, gradNorm },
     phases: clock.seconds,
     dequantization: await dequantization(prepared, layers),
@@ -209,8 +216,8 @@ async function measure(
       byLabel: Object.fromEntries(Object.entries(memory.byLabel).map(([label, { peakBytes }]) => [label, peakBytes])),
     },
     hostBytes: {
-      checkpoints: plan.checkpoints.hostBytes,
-      other: Math.max(0, deviceMemory('host').peakBytes - plan.checkpoints.hostBytes),
+      checkpoints: plan.checkpoints.hostBytes + plan.keep.hostBytes,
+      peak: deviceMemory('host').peakBytes,
     },
     checkpoints: plan.checkpoints,
     ...(prepared.warnings.length > 0 ? { warnings: prepared.warnings } : {}),
@@ -234,13 +241,4 @@ async function dequantization({ model, reservation }: PreparedStep, layers: numb
   const again = plan.segment > 1 ? layers - Math.ceil(layers / plan.segment) : 0; // recomputed inside segments
   const passes = 2 * layers + again;
   return { layerMs, passes, seconds: (layerMs * passes) / 1000 };
-}
-
-/** Values of all gradients, by parameter. */
-export function gradientsOf(model: CausalLM): { name: string; values: Float32Array }[] {
-  return model.parameters.map(({ name, grad }) => {
-    using host: Tensor = empty(grad.shape, { label: 'bench' });
-    copy(host, grad);
-    return { name, values: host.data().slice() };
-  });
 }

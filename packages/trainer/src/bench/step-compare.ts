@@ -1,0 +1,134 @@
+/** Paired runs: what an optimization costs in time, and whether another chunk size gives the same gradients. */
+import { type CausalLM, fillRandom } from '@lc/models';
+import { copy, empty } from '@lc/tensor';
+import { median } from './clock.js';
+import type { Optimization, StepCase } from './step-case.js';
+import { isShort, PreparedStep, type StepIo } from './step-run.js';
+
+export interface CompareResult {
+  tokens: number;
+  what: Optimization;
+  fits: boolean;
+  reason?: string;
+  chunk?: number;
+  tile?: number;
+  lossChunk?: number;
+  /** Seconds of each run, in the order A B A B ...: A with the optimization, B without. */
+  withSeconds?: number[];
+  withoutSeconds?: number[];
+  /** Median with over median without, less one. */
+  overhead?: number;
+}
+
+/**
+ * Steps (forward, loss, backward) with an optimization and without it in turns, all else equal, in memory that both hold at the same time. Checkpoints stay
+ * on the device but for 'offload', which sends all of them to the host. The sizes are those that the plan of A chose.
+ */
+export async function compare(model: CausalLM, c: StepCase, what: Optimization, rounds: number, io: StepIo): Promise<CompareResult> {
+  const base = { tokens: c.tokens, what };
+  const kept = c.host ? c.without : [...new Set<Optimization>([...c.without, 'offload'])];
+  const held: PreparedStep[] = [];
+  try {
+    const withIt = new PreparedStep(model, what === 'offload' ? { ...c, host: true } : { ...c, without: kept });
+    held.push(withIt);
+    const { chunk, tile, lossChunk, keep } = withIt.reservation.plan;
+    const without = [...new Set<Optimization>([...(what === 'offload' ? c.without : kept), what])];
+    held.push(new PreparedStep(model, { ...c, ...{ chunk, tile, lossChunk, keep: keep.layers }, without }));
+    const seconds: [number[], number[]] = [[], []];
+    for (const prepared of held) await timed(prepared, Math.min(c.tokens, 1024), io); // warm
+    for (let round = 0; round < rounds; round++) {
+      for (const [i, prepared] of held.entries()) {
+        io.onProgress?.(`round ${round + 1} of ${rounds}, ${i === 0 ? 'with' : 'without'} ${what}`);
+        seconds[i as 0 | 1].push(await timed(prepared, c.tokens, io));
+      }
+    }
+    const [a, b] = seconds;
+    return { ...base, fits: true, chunk, tile, lossChunk, withSeconds: a, withoutSeconds: b, overhead: median(a) / median(b) - 1 };
+  } catch (error) {
+    if (!isShort(error)) throw error;
+    return { ...base, fits: false, reason: error.message };
+  } finally {
+    for (const prepared of held.reverse()) {
+      await prepared.sync();
+      prepared.dispose();
+    }
+  }
+}
+
+async function timed(prepared: PreparedStep, tokens: number, io: StepIo): Promise<number> {
+  io.optimizer.zeroGrad();
+  await prepared.sync();
+  const from = performance.now();
+  await prepared.step(tokens, undefined, io.signal);
+  await prepared.sync();
+  return (performance.now() - from) / 1000;
+}
+
+export interface ChunkCheck {
+  tokens: number;
+  chunks: [number, number];
+  losses: [number, number];
+  /** |a - b| / |a| over each parameter's gradient. */
+  medianError: number;
+  worstError: number;
+  worstName: string;
+  parameters: number;
+}
+
+/** Loss and gradients at two chunk sizes, from the same parameters. @throws ERR_LC_PLAN, ERR_LC_OUT_OF_MEMORY */
+export async function checkChunk(model: CausalLM, c: StepCase, other: number, io: StepIo): Promise<ChunkCheck> {
+  const run = async (chunk: number | undefined): Promise<{ chunk: number; loss: number; gradients: Map<string, Float32Array> }> => {
+    const prepared = new PreparedStep(model, { ...c, chunk });
+    try {
+      io.optimizer.zeroGrad();
+      const { loss } = await prepared.step(
+        c.tokens,
+        (phase, layer) => io.onProgress?.(`chunks of ${prepared.reservation.plan.chunk}: ${phase}, layer ${layer}`),
+        io.signal,
+      );
+      await prepared.sync();
+      return { chunk: prepared.reservation.plan.chunk, loss, gradients: gradientsOf(model) };
+    } finally {
+      await prepared.sync();
+      prepared.dispose();
+    }
+  };
+  const first = await run(c.chunk);
+  const second = await run(other);
+  const errors = [...first.gradients].map(([name, a]) => ({ name, error: relativeError(second.gradients.get(name) as Float32Array, a) }));
+  const worst = errors.reduce((most, e) => (e.error > most.error || Number.isNaN(e.error) ? e : most));
+  return {
+    tokens: c.tokens,
+    chunks: [first.chunk, second.chunk],
+    losses: [first.loss, second.loss],
+    medianError: median(errors.map((e) => e.error)),
+    worstError: worst.error,
+    worstName: worst.name,
+    parameters: errors.length,
+  };
+}
+
+function gradientsOf(model: CausalLM): Map<string, Float32Array> {
+  return new Map(
+    model.parameters.map(({ name, grad }) => {
+      using host = empty(grad.shape, { label: 'bench' });
+      copy(host, grad);
+      return [name, (host.data() as Float32Array).slice()];
+    }),
+  );
+}
+
+/** Frobenius. */
+function relativeError(got: Float32Array, want: Float32Array): number {
+  let [difference, norm] = [0, 0];
+  for (let i = 0; i < want.length; i++) {
+    difference += ((got[i] as number) - (want[i] as number)) ** 2;
+    norm += (want[i] as number) ** 2;
+  }
+  return Math.sqrt(difference / norm);
+}
+
+/** PEFT starts B at 0, and then no gradient reaches A: benches give it small random values. */
+export function randomizeLoraB(model: CausalLM): void {
+  for (const [i, { name, value }] of model.parameters.entries()) if (/lora_B/.test(name)) fillRandom(value, { seed: 1000 + i, std: 0.01 });
+}

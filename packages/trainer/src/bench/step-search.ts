@@ -1,0 +1,50 @@
+/** The longest sequence that fits a case: bisection over plans, which take no memory; then the candidate is reserved for all layers and two of them are executed. */
+import type { CausalLM } from '@lc/models';
+import type { StepCase } from './step-case.js';
+import { fits, runStep, type StepIo, type StepResult } from './step-run.js';
+
+export interface SearchResult {
+  /** 0: none. */
+  maxTokens: number;
+  /** Of the length that was executed. */
+  probe: StepResult | null;
+  /** Lengths that a plan promised and the memory did not hold. */
+  refused: number[];
+}
+
+/** Lengths are whole multiples of this; smaller ones of 1. */
+const STEP = 256;
+const HIGHEST = 2 ** 31;
+
+/** @param above the search begins there */
+export function longestPlanned(model: CausalLM, c: Omit<StepCase, 'tokens'>, above = STEP): number {
+  const ok = (tokens: number): boolean => fits(model, { ...c, tokens });
+  const unit = ok(STEP) ? STEP : 1;
+  if (unit === 1 && !ok(1)) return 0;
+  let low = ok(above) ? Math.max(1, Math.floor(above / unit)) : 1;
+  let high = low * 2;
+  while (high * unit < HIGHEST && ok(high * unit)) {
+    low = high;
+    high *= 2;
+  }
+  while (high - low > 1 + (low >> 9)) {
+    const middle = (low + high) >>> 1;
+    if (ok(middle * unit)) low = middle;
+    else high = middle;
+  }
+  return low * unit;
+}
+
+/** A length that turns out not to fit gives way to one 2% shorter, eight times at most. */
+export async function search(model: CausalLM, c: Omit<StepCase, 'tokens'>, io: StepIo): Promise<SearchResult> {
+  const refused: number[] = [];
+  let tokens = longestPlanned(model, c);
+  for (let attempt = 0; tokens > 0 && attempt < 9; attempt++) {
+    io.onProgress?.(`${tokens} tokens`);
+    const probe = await runStep(model, { ...c, tokens, probe: true }, io);
+    if (probe.fits) return { maxTokens: tokens, probe, refused };
+    refused.push(tokens);
+    tokens = Math.floor((tokens * 0.98) / STEP) * STEP || tokens - 1;
+  }
+  return { maxTokens: 0, probe: null, refused };
+}

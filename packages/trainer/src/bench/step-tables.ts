@@ -1,0 +1,125 @@
+/** How results of steps are printed. */
+import { count, fixed, gibibytes, type Row, type Table, text } from './report.js';
+import type { StepResult } from './step-run.js';
+import type { SearchResult } from './step-search.js';
+
+const tokens = (row: Row): string => `${count(row.tokens as number)}${row.probe ? ' (probe)' : ''}`;
+const vram = (row: Row): string => {
+  const v = row.vram as StepResult['vram'];
+  if (!v) return row.reason ? `does not fit: ${row.reason as string}` : '';
+  return v.driverPeakBytes === null
+    ? gibibytes(v.allocatorPeakBytes)
+    : `${gibibytes(v.driverPeakBytes)} (${gibibytes(v.allocatorPeakBytes)})`;
+};
+const host = (row: Row): string => (row.hostBytes ? gibibytes((row.hostBytes as { peak: number }).peak) : '');
+
+export function stepTable(rows: readonly Row[], title?: string): Table {
+  return {
+    ...(title ? { title } : {}),
+    columns: [
+      ['tokens', tokens],
+      ['optimizations', text('name')],
+      [
+        'chunk / tile / loss chunk',
+        (r) => (r.chunk === undefined ? '' : `${count(r.chunk as number)} / ${count(r.tile as number)} / ${count(r.lossChunk as number)}`),
+      ],
+      ['layers kept', text('kept')],
+      ['step', fixed('seconds', 2, ' s')],
+      ['tokens/s', (r) => (r.tokensPerSecond === undefined ? '' : count(Math.round(r.tokensPerSecond as number)))],
+      ['TFLOP/s', (r) => (r.tflops === undefined ? '' : (r.tflops as number).toPrecision(3))],
+      ['floor', fixed('floorSeconds', 2, ' s')],
+      ['step / floor', fixed('overFloor', 2)],
+      ['peak VRAM: driver (allocator)', vram],
+      ['host memory', host],
+      ['loss', fixed('loss', 4)],
+    ],
+    rows,
+  };
+}
+
+/** The same rows, cut another way: device time by phase, and memory by label. */
+export function phaseTable(rows: readonly Row[]): Table {
+  const phase =
+    (name: string) =>
+    (row: Row): string => {
+      const seconds = (row.phases as Record<string, number> | undefined)?.[name];
+      return seconds === undefined ? '' : `${seconds.toFixed(2)} s`;
+    };
+  return {
+    title: 'Device time by phase (input, forward, loss, fill, backward and optimizer follow each other; recomputation only with segments)',
+    columns: [
+      ['tokens', tokens],
+      ...['input', 'forward', 'loss', 'recompute', 'fill', 'backward', 'clip and AdamW'].map((name) => [name, phase(name)] as const),
+      ['of it dequantization', (r) => (r.dequantization ? `${(r.dequantization as { seconds: number }).seconds.toFixed(3)} s` : '')],
+      ['waiting for copies', fixed('copyWaitSeconds', 3, ' s')],
+      ['reserving before', fixed('reserveSeconds', 2, ' s')],
+      [
+        'VRAM by label',
+        (r) =>
+          Object.entries((r.vram as StepResult['vram'])?.byLabel ?? {})
+            .filter(([, bytes]) => bytes > 1 << 26)
+            .sort(([, a], [, b]) => b - a)
+            .map(([label, bytes]) => `${label} ${(bytes / 2 ** 30).toFixed(2)}`)
+            .join(', '),
+      ],
+    ],
+    rows,
+  };
+}
+
+export function compareTable(rows: readonly Row[]): Table {
+  const list =
+    (key: string) =>
+    (row: Row): string =>
+      (row[key] as number[] | undefined)?.map((s) => s.toFixed(3)).join(', ') ?? '';
+  return {
+    title: 'Paired steps in turns, with and without',
+    columns: [
+      ['tokens', tokens],
+      ['optimization', text('what')],
+      ['chunk / tile / loss chunk', (r) => (r.chunk === undefined ? '' : `${r.chunk} / ${r.tile} / ${r.lossChunk}`)],
+      ['with, s', list('withSeconds')],
+      ['without, s', (r) => (r.fits ? list('withoutSeconds')(r) : `does not fit: ${r.reason as string}`)],
+      ['overhead (medians)', (r) => (r.overhead === undefined ? '' : `${(100 * (r.overhead as number)).toFixed(2)}%`)],
+    ],
+    rows,
+  };
+}
+
+export function checkTable(rows: readonly Row[]): Table {
+  return {
+    title: 'Loss and LoRA gradients at two chunk sizes (relative Frobenius error of each gradient)',
+    columns: [
+      ['tokens', tokens],
+      ['chunks', (r) => (r.chunks as number[]).map(count).join(' and ')],
+      ['losses', (r) => (r.losses as number[]).map((x) => x.toFixed(6)).join(', ')],
+      ['median', (r) => (r.medianError as number).toExponential(1)],
+      ['worst', (r) => (r.worstError as number).toExponential(1)],
+      ['of', text('worstName')],
+    ],
+    rows,
+  };
+}
+
+export function table1(rows: readonly Row[], length: number): Table {
+  const step = (row: Row): Row => (row.step ?? {}) as Row;
+  const longest = (row: Row): SearchResult | undefined => row.longest as SearchResult | undefined;
+  return {
+    columns: [
+      ['optimizations', text('label')],
+      ['longest length (probe)', (r) => (longest(r) ? count((longest(r) as SearchResult).maxTokens) : '')],
+      [
+        'its peak VRAM + host memory',
+        (r) => {
+          const probe = longest(r)?.probe as unknown as Row | null | undefined;
+          return probe ? `${vram(probe)} + ${host(probe)}` : '';
+        },
+      ],
+      [`peak VRAM at ${count(length)}: driver (allocator)`, (r) => vram(step(r))],
+      ['host memory', (r) => host(step(r))],
+      ['step', (r) => fixed('seconds', 2, ' s')(step(r))],
+      ['step / floor', (r) => fixed('overFloor', 2)(step(r))],
+    ],
+    rows,
+  };
+}

@@ -1,0 +1,160 @@
+/** `lc bench step`: training steps of a model with random weights, its real dimensions and its real formats. The weights are made once for all runs of a command. */
+import { type CausalLM, syntheticModel } from '@lc/models';
+import { AdamW } from '@lc/qlora';
+import { type DeviceLike, defaultStream, deviceMemory, Scope } from '@lc/tensor';
+import { stepFlops } from './flops.js';
+import { count, gibibytes, newReport, type OutputOptions, type Report, type Row, save } from './report.js';
+import { type Optimization, optimizations, type StepCase } from './step-case.js';
+import { type CompareResult, checkChunk, compare, randomizeLoraB } from './step-compare.js';
+import { runStep, type StepIo, type StepResult } from './step-run.js';
+import { search } from './step-search.js';
+import { checkTable, compareTable, phaseTable, stepTable, table1 as table1Table } from './step-tables.js';
+import { Ticker } from './ticker.js';
+
+export interface StepBenchOptions extends OutputOptions {
+  model: string;
+  layers?: number | undefined;
+  tokens: readonly number[];
+  /** All that a case has but its length. */
+  shared: Omit<StepCase, 'tokens'>;
+  /** Find the longest length that fits, and probe it. */
+  search?: boolean | undefined;
+  compare?: Optimization | undefined;
+  rounds?: number | undefined;
+  /** A second chunk size, whose loss and gradients must agree. */
+  checkChunk?: number | undefined;
+  signal?: AbortSignal | undefined;
+}
+
+interface Bench extends Disposable {
+  model: CausalLM;
+  report: Report;
+  io: StepIo;
+  ticker: Ticker;
+}
+
+async function build(
+  name: string,
+  device: DeviceLike,
+  o: { model: string; layers?: number | undefined; signal?: AbortSignal | undefined } & OutputOptions,
+): Promise<Bench> {
+  const scope = new Scope();
+  try {
+    const report = newReport(name, device);
+    const ticker = scope.own(
+      new Ticker(name, (text) => {
+        report.environment.progress = text;
+        save(report, o);
+      }),
+    );
+    const from = performance.now();
+    ticker.tell(`making weights of ${o.model}`);
+    const model = scope.own(
+      await syntheticModel(o.model, {
+        ...{ device, loadIn4bit: true, lora: { r: 8, loraAlpha: 16, targetModules: ['q_proj', 'k_proj', 'v_proj', 'o_proj'] } },
+        ...(o.layers === undefined ? {} : { layers: o.layers }),
+      }),
+    );
+    randomizeLoraB(model);
+    await defaultStream(device).sync();
+    // A learning rate of 0 does all of AdamW's arithmetic and lets every run start from the same parameters.
+    const optimizer = scope.own(new AdamW(model.parameters, { lr: 0 }));
+    const trainable = model.parameters.reduce((sum, p) => sum + p.value.numel, 0);
+    const flops = stepFlops(model.config, 1);
+    Object.assign(report.environment, {
+      ...{ model: o.model, layers: model.layers.length, trainable, weightBytes: deviceMemory(device).liveBytes },
+      ...{ buildSeconds: (performance.now() - from) / 1000, linearGflopPerToken: flops.linear / 1e9, headGflopPerToken: flops.head / 1e9 },
+    });
+    report.notes.push(
+      `${o.model}, ${model.layers.length} layers, random weights (${gibibytes(deviceMemory(device).liveBytes)} with optimizer), LoRA r 8 on q, k, v, o: ${count(trainable)} parameters. ` +
+        `Work: 3 x ${(flops.linear / 1e9).toFixed(2)} GFLOP for the linears and ${(flops.head / 1e9).toFixed(2)} for the head per token, and 4.5 x attention forward (3.5 where its output is kept). ` +
+        'The floor takes 750 TFLOP/s for the first two and 450 for attention; TFLOP/s counts the same work. ' +
+        'AdamW runs with a learning rate of 0, so that every run starts from the same parameters. A warm-up of at most 1,024 tokens comes first.',
+    );
+    const io: StepIo = { optimizer, onProgress: (text) => ticker.tell(text), ...(o.signal ? { signal: o.signal } : {}) };
+    return { model, report, io, ticker, [Symbol.dispose]: () => scope.dispose() };
+  } catch (error) {
+    scope.dispose();
+    throw error;
+  }
+}
+
+/** @returns whether everything fitted */
+export async function benchStep(device: DeviceLike, o: StepBenchOptions): Promise<{ report: Report; fits: boolean }> {
+  using bench = await build('step', device, o);
+  const { model, report, io, ticker } = bench;
+  const rows: Row[] = [];
+  let fits = true;
+  const add = (row: object): void => {
+    rows.push(row as Row);
+    save(report, o);
+  };
+  if (o.search) {
+    report.tables.push(stepTable(rows, 'Longest lengths (memory probes: all layers reserved, two executed)'));
+    ticker.about('search');
+    const { maxTokens, probe, refused } = await search(model, o.shared, io);
+    fits = maxTokens > 0;
+    add({ ...(probe ?? { tokens: 0, name: '', fits: false, probe: true, reason: 'no length fits' }), maxTokens, refused });
+    return { report, fits };
+  }
+  if (o.compare) report.tables.push(compareTable(rows));
+  else if (o.checkChunk !== undefined) report.tables.push(checkTable(rows));
+  else report.tables.push(stepTable(rows), phaseTable(rows));
+  for (const tokens of o.tokens) {
+    const c: StepCase = { ...o.shared, tokens };
+    ticker.about(`${count(tokens)} tokens`);
+    let row: StepResult | CompareResult | (Awaited<ReturnType<typeof checkChunk>> & { fits: true });
+    if (o.compare) row = await compare(model, c, o.compare, o.rounds ?? 2, io);
+    else if (o.checkChunk !== undefined) row = { ...(await checkChunk(model, c, o.checkChunk, io)), fits: true };
+    else row = await runStep(model, c, io);
+    fits &&= row.fits;
+    add(row);
+  }
+  return { report, fits };
+}
+
+export interface Table1Options extends OutputOptions {
+  model: string;
+  layers?: number | undefined;
+  tokens: number;
+  vram?: number | undefined;
+  ram?: number | undefined;
+  chunk?: number | undefined;
+  tile?: number | undefined;
+  lossChunk?: number | undefined;
+  /** Which rows, 1 to 5. Default all. */
+  rows?: readonly number[] | undefined;
+  /** Search the longest lengths. */
+  search: boolean;
+  signal?: AbortSignal | undefined;
+}
+
+/** Row by row one more optimization: none, + chunked-ce, + offload-ckpt, + tiled-mlp, + chunks. */
+export async function benchTable1(device: DeviceLike, o: Table1Options): Promise<Report> {
+  using bench = await build('table1', device, o);
+  const { model, report, io, ticker } = bench;
+  const rows: Row[] = [];
+  report.tables.push(table1Table(rows, o.tokens));
+  report.notes.push(
+    `At ${count(o.tokens)} tokens whole steps; from + offload-ckpt on every checkpoint lies in host memory there. The longest lengths are memory probes: everything reserved for all layers, ` +
+      'two layers (a windowed and a full one, where the model has them) executed; there, spare device memory holds checkpoints before host memory does. Attention outputs are not kept. ' +
+      'Without chunked-ce: f32 logits of the whole sequence at once and an array of that size for their gradient are held, as in plain PyTorch; the loss is computed by our kernel.',
+  );
+  const labels = ['none', '+ chunked-ce', '+ offload-ckpt', '+ tiled-mlp', '+ chunks'];
+  const { vram, ram, chunk, tile, lossChunk } = o;
+  for (const number of o.rows ?? [1, 2, 3, 4, 5]) {
+    const without = optimizations.slice(number - 1);
+    const label = labels[number - 1] as string;
+    const shared = { ...{ without, vram, ram, chunk, tile, lossChunk }, keep: 0 } satisfies Omit<StepCase, 'tokens'>;
+    const row: Row = { label, without };
+    rows.push(row);
+    ticker.about(`${label}, ${count(o.tokens)} tokens`);
+    row.step = await runStep(model, { ...shared, tokens: o.tokens, host: !without.includes('offload') }, io);
+    save(report, o);
+    if (!o.search) continue;
+    ticker.about(`${label}, longest`);
+    row.longest = await search(model, shared, io);
+    save(report, o);
+  }
+  return report;
+}

@@ -1,0 +1,43 @@
+/** A line on stderr every ten seconds, so that a long run can be watched from outside. */
+export class Ticker implements Disposable {
+  private subject = '';
+  private latest = '';
+  private told = '';
+  private readonly timer: NodeJS.Timeout;
+
+  /** @param onTick also told, e.g. to save what there is */
+  constructor(
+    private readonly name: string,
+    private readonly onTick: (text: string) => void,
+    every = 10_000,
+  ) {
+    this.timer = setInterval(() => this.tick(), every);
+    this.timer.unref();
+  }
+
+  /** What is being done now. */
+  about(subject: string): void {
+    this.subject = subject;
+    this.latest = '';
+    this.tick();
+  }
+  /** How far it is. */
+  tell(text: string): void {
+    this.latest = text;
+  }
+
+  dispose(): void {
+    clearInterval(this.timer);
+  }
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+
+  private tick(): void {
+    const text = [this.subject, this.latest].filter((part) => part !== '').join(': ');
+    if (text === this.told) return;
+    this.told = text;
+    process.stderr.write(`[lc bench ${this.name}] ${text}\n`);
+    this.onTick(text);
+  }
+}
