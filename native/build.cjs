@@ -4,6 +4,7 @@ const { copyFileSync, existsSync, mkdirSync, renameSync, rmSync } = require('nod
 const { availableParallelism } = require('node:os');
 const { basename, dirname, join, resolve } = require('node:path');
 const { cuda } = require('./detect.cjs');
+const { locked } = require('./lock.cjs');
 
 const root = resolve(__dirname, '..');
 const nodeGyp = require.resolve('node-gyp/bin/node-gyp.js', { paths: [root] });
@@ -19,10 +20,17 @@ try {
   console.error(error.message);
   process.exit(1);
 }
+
 const jobs = process.env.LCTX_JOBS ?? String(availableParallelism());
 for (const folder of process.argv.slice(2)) {
   const dir = resolve(root, folder);
   const name = basename(dir);
+  mkdirSync(join(dir, 'native/build'), { recursive: true });
+  // Two node-gyp runs in one folder would write the same objects.
+  locked(join(dir, 'native/build/.lock'), () => build(dir, name));
+}
+
+function build(dir, name) {
   execFileSync(process.execPath, [nodeGyp, '-C', join(dir, 'native'), 'configure', 'build', '-j', jobs, '--silent'], {
     cwd: dir,
     env,

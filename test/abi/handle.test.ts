@@ -88,7 +88,7 @@ describe('what is refused', () => {
     const { code, message, type } = refusal(faked({ major: 2, minor: 3 }));
     expect(code).toBe('ERR_LC_ABI');
     expect(type).toBe(true);
-    expect(message).toMatch(/^scale: x: made by tensor ABI v2\.3 but this addon was built for v1\.0; install matching @lc\/\* versions/);
+    expect(message).toMatch(/^scale: x: made by tensor ABI v2\.3 but this addon was built for v1\.1; install matching @lc\/\* versions/);
   });
 
   it('an external with the tag of a stranger, with none, or without the magic number', () => {
@@ -145,7 +145,7 @@ describe('what is refused', () => {
     expect(init(fake.api(core.api, { major: 2, minor: 1, size: 64 }))).toThrow(
       expect.objectContaining({
         code: 'ERR_LC_ABI',
-        message: expect.stringMatching(/@lc\/tensor has ABI v2\.1 but this addon was built for v1\.0/),
+        message: expect.stringMatching(/@lc\/tensor has ABI v2\.1 but this addon was built for v1\.1/),
       }),
     );
     expect(init(fake.api(core.api, { major: 1, minor: 0, size: -8 }))).toThrow(expect.objectContaining({ code: 'ERR_LC_ABI' }));

@@ -15,11 +15,11 @@ export interface Count {
 }
 
 export const counts = new Map<string, Count>();
-export const count = (key: string): Count => {
-  let found = counts.get(key);
-  if (!found) counts.set(key, (found = { live: 0, peak: 0, allocations: 0 }));
+export function count(key: string): Count {
+  const found = counts.get(key) ?? { live: 0, peak: 0, allocations: 0 };
+  counts.set(key, found);
   return found;
-};
+}
 const add = (fake: Fake, sign: number): void => {
   for (const key of [fake.device, `${fake.device} ${fake.label}`]) {
     const c = count(key);

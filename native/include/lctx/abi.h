@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 #define LCTX_ABI_MAJOR 1u
-#define LCTX_ABI_MINOR 0u
+#define LCTX_ABI_MINOR 1u
 #define LCTX_TENSOR_MAGIC 0x5458434cu /* "LCXT" */
 #define LCTX_API_MAGIC 0x4158434cu    /* "LCXA" */
 #define LCTX_MAX_DIMS 6
@@ -112,6 +112,15 @@ typedef struct lctx_wrap_params {
 typedef void (*lctx_counter_fn)(void* ctx, const char* device, const char* label, uint64_t live_bytes, uint64_t peak_bytes,
                                 uint64_t live_tensors, uint64_t allocations);
 
+/* ABI 1.1. What this process takes of a device, as the driver counts it: CUDA context, kernels, libraries and the allocator's pool. */
+typedef struct lctx_process_memory {
+  uint32_t struct_size;
+  int32_t source; /* 1: NVML, this process; 2: NVML, the device less what was in use before our context; 3: the whole device, as NVML is not there */
+  uint64_t bytes, peak_bytes;
+  uint64_t pool_bytes, pool_used_bytes; /* the allocator's share, and what of that is handed out */
+  uint64_t limit_bytes;                 /* 0: none */
+} lctx_process_memory;
+
 typedef struct lctx_api {
   uint32_t magic, abi_major, abi_minor, struct_size; /* frozen */
   const char* version;                               /* @lc/tensor's package version */
@@ -143,6 +152,11 @@ typedef struct lctx_api {
   void (*detach_handle)(lctx_tensor* t);                          /* the handle was collected: disposes if nobody did */
   void (*visit_counters)(lctx_counter_fn fn, void* ctx);          /* label NULL: the device's total */
   void (*reset_peaks)(void);
+
+  /* ABI 1.1. The most that this process may take: of a CUDA device everything that the driver counts, for kDLCPU the allocator's CPU and host memory
+   * together. 0: no limit. An allocation beyond it fails with ERR_LC_OUT_OF_MEMORY. */
+  int (*set_memory_limit)(int32_t device_type, int32_t device_id, uint64_t bytes);
+  int (*process_memory)(int32_t device_id, lctx_process_memory* out); /* of a CUDA device */
 } lctx_api;
 
 #ifdef __cplusplus

@@ -254,6 +254,35 @@ Napi::Value mem_info(const Napi::CallbackInfo& info) {
   return o;
 }
 
+/* The process may have loaded an older copy of @lc/tensor first, whose table ends earlier. */
+void needs_table(Napi::Env env, size_t end, const char* what) {
+  if (api()->struct_size < end)
+    throw_type(env, "ERR_LC_ABI", std::string(what) + ": @lc/tensor " + api()->version + ", which this process loaded first, does not have it; install one version (npm dedupe)");
+}
+
+/* setMemoryLimit(deviceType, deviceId, bytes) */
+void set_memory_limit(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  needs_table(env, offsetof(lctx_api, set_memory_limit) + sizeof(void*), "setMemoryLimit");
+  check(env, api()->set_memory_limit(info[0].ToNumber().Int32Value(), info[1].ToNumber().Int32Value(), static_cast<uint64_t>(info[2].ToNumber().Int64Value())));
+}
+
+/* processMemory(deviceId) -> lctx_process_memory */
+Napi::Value process_memory(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  needs_table(env, offsetof(lctx_api, process_memory) + sizeof(void*), "processMemory");
+  lctx_process_memory m{};
+  check(env, api()->process_memory(info[0].ToNumber().Int32Value(), &m));
+  Napi::Object o = Napi::Object::New(env);
+  o.Set("source", m.source);
+  o.Set("bytes", static_cast<double>(m.bytes));
+  o.Set("peakBytes", static_cast<double>(m.peak_bytes));
+  o.Set("poolBytes", static_cast<double>(m.pool_bytes));
+  o.Set("poolUsedBytes", static_cast<double>(m.pool_used_bytes));
+  o.Set("limitBytes", static_cast<double>(m.limit_bytes));
+  return o;
+}
+
 /* ---- DLPack ---- */
 struct DlpackExport {
   DLManagedTensorVersioned managed;
@@ -425,6 +454,8 @@ Napi::Object init_module(Napi::Env env, Napi::Object exports) {
   exports.Set("memory", Napi::Function::New(env, memory));
   exports.Set("resetPeak", Napi::Function::New(env, reset_peak));
   exports.Set("memInfo", Napi::Function::New(env, mem_info));
+  exports.Set("setMemoryLimit", Napi::Function::New(env, set_memory_limit));
+  exports.Set("processMemory", Napi::Function::New(env, process_memory));
   exports.Set("toDLPack", Napi::Function::New(env, to_dlpack));
   exports.Set("dlpackPointer", Napi::Function::New(env, dlpack_pointer));
   exports.Set("fromDLPack", Napi::Function::New(env, from_dlpack));

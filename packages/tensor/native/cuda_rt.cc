@@ -12,6 +12,7 @@
 
 #include "cpu_kernels.h"
 #include "cuda_kernels.h"
+#include "device_budget.h"
 #include "runtime.h"
 
 #ifndef LCTX_CUDA_TARGETS
@@ -29,6 +30,8 @@ struct Device {
   bool checked = false;
   cudaMemPool_t pool = nullptr;
   cudaStream_t stream = nullptr;
+  std::mutex memory;  // guards the budget, and allocations while it matters who grew the pool
+  DeviceBudget budget;
 };
 Device& device_state(int device) {
   static auto* all = new Device[kMaxDevices];  // never destroyed: frees may come during process exit
@@ -63,6 +66,42 @@ std::string gib(uint64_t bytes) {
   return text;
 }
 
+uint64_t pool_bytes(const Device& d, cudaMemPoolAttr what) {
+  uint64_t bytes = 0;
+  cudaMemPoolGetAttribute(d.pool, what, &bytes);
+  return bytes;
+}
+uint64_t reserved(const Device& d) { return pool_bytes(d, cudaMemPoolAttrReservedMemCurrent); }
+uint64_t unused(const Device& d) {
+  const uint64_t used = pool_bytes(d, cudaMemPoolAttrUsedMemCurrent), all = reserved(d);
+  return all > used ? all - used : 0;
+}
+
+/* The pool grows by whole pieces of 32 MiB. */
+constexpr uint64_t kPiece = 32u << 20;
+/* A request up to this size may try its luck in the pool's gaps before anything waits: scratch that kernels take in a step. */
+constexpr uint64_t kSmall = 64u << 20;
+uint64_t growth(uint64_t bytes) { return (bytes + kPiece - 1) / kPiece * kPiece; }
+
+/* Gives the driver back what the pool holds and nobody uses. Waits for the device: frees that other streams have not reached yet may be what is missing. */
+void trim(Device& d) {
+  cudaDeviceSynchronize();
+  cudaMemPoolTrimTo(d.pool, 0);
+}
+
+/* Allocates, unless that makes the pool grow beyond the limit. */
+cudaError_t within_limit(Device& d, size_t bytes, cudaStream_t stream, void** out) {
+  const uint64_t before = reserved(d);
+  const cudaError_t e = cudaMallocFromPoolAsync(out, bytes, d.pool, stream);
+  const uint64_t now = reserved(d);
+  if (e != cudaSuccess || now == before) return e;
+  d.budget.sample(now);
+  if (now < before || !d.budget.exceeds(now)) return e;
+  cudaFreeAsync(*out, stream);
+  trim(d);
+  return cudaErrorMemoryAllocation;
+}
+
 }  // namespace
 
 int status(int error, const char* what) {
@@ -95,6 +134,7 @@ int check(int device) {
   Device& d = device_state(device);
   std::lock_guard<std::mutex> lock(d.mutex);
   if (d.checked) return 0;
+  d.budget.before_context(device);
   Current current(device);
   const int probe = probe_kernel_image();
   if (probe == cudaErrorNoKernelImageForDevice || probe == cudaErrorInvalidDeviceFunction) {
@@ -113,6 +153,7 @@ int check(int device) {
   uint64_t keep = UINT64_MAX;  // freed memory stays ours: no allocation inside a step reaches the driver
   cudaMemPoolSetAttribute(d.pool, cudaMemPoolAttrReleaseThreshold, &keep);
   if (status(cudaStreamCreateWithFlags(&d.stream, cudaStreamNonBlocking), "cudaStreamCreate")) return -1;
+  d.budget.after_context(device);
   d.checked = true;
   return 0;
 }
@@ -139,13 +180,63 @@ int mem_info(int device, uint64_t* free_bytes, uint64_t* total_bytes) {
   Current current(device);
   size_t f = 0, t = 0;
   if (status(cudaMemGetInfo(&f, &t), "cudaMemGetInfo")) return -1;
-  // What the pool holds but nobody uses is free to us.
-  uint64_t reserved = 0, used = 0;
-  cudaMemPoolGetAttribute(device_state(device).pool, cudaMemPoolAttrReservedMemCurrent, &reserved);
-  cudaMemPoolGetAttribute(device_state(device).pool, cudaMemPoolAttrUsedMemCurrent, &used);
-  *free_bytes = f + (reserved - used);
+  Device& d = device_state(device);
+  std::lock_guard<std::mutex> lock(d.memory);
+  *free_bytes = f + unused(d);
   *total_bytes = t;
+  if (d.budget.limit) {
+    const uint64_t held = reserved(d);
+    d.budget.sample(held);
+    const uint64_t taken = d.budget.taken(held) - unused(d);
+    *total_bytes = std::min<uint64_t>(t, d.budget.limit);
+    *free_bytes = std::min(*free_bytes, d.budget.limit > taken ? d.budget.limit - taken : 0);
+  }
   return 0;
+}
+
+int set_limit(int device, uint64_t bytes) {
+  if (check(device)) return -1;
+  Current current(device);
+  Device& d = device_state(device);
+  std::lock_guard<std::mutex> lock(d.memory);
+  d.budget.sample(reserved(d));
+  if (bytes && d.budget.taken(reserved(d)) > bytes) {
+    trim(d);
+    d.budget.sample(reserved(d));
+    const uint64_t taken = d.budget.taken(reserved(d));
+    if (taken > bytes)
+      return fail("ERR_LC_OUT_OF_MEMORY", "a limit of " + gib(bytes) + " on cuda:" + std::to_string(device) + " (vramLimit) is less than the " + gib(taken) +
+                                              " that this process takes already, " + gib(d.budget.outside()) + " of them for the CUDA context and libraries; raise it, or free memory first");
+  }
+  d.budget.limit = bytes;
+  return 0;
+}
+
+int process_memory(int device, lctx_process_memory* out) {
+  if (check(device)) return -1;
+  Current current(device);
+  Device& d = device_state(device);
+  std::lock_guard<std::mutex> lock(d.memory);
+  const uint64_t held = reserved(d);
+  d.budget.sample(held);
+  const uint64_t high = pool_bytes(d, cudaMemPoolAttrReservedMemHigh);
+  *out = {sizeof *out, d.budget.source(), d.budget.taken(held), std::max(d.budget.peak(), d.budget.outside() + high), held, held - unused(d), d.budget.limit};
+  return 0;
+}
+
+void reset_peaks() {
+  for (int device = 0; device < device_count(); device++) {
+    Device& d = device_state(device);
+    {
+      std::lock_guard<std::mutex> lock(d.mutex);
+      if (!d.checked) continue;
+    }
+    Current current(device);
+    std::lock_guard<std::mutex> lock(d.memory);
+    uint64_t zero = 0;  // the only value that it takes: from now on
+    cudaMemPoolSetAttribute(d.pool, cudaMemPoolAttrReservedMemHigh, &zero);
+    d.budget.reset_peak(reserved(d));
+  }
 }
 
 int alloc(int device, size_t bytes, void* stream, bool zero, void** out) {
@@ -153,20 +244,27 @@ int alloc(int device, size_t bytes, void* stream, bool zero, void** out) {
   Current current(device);
   const auto s = static_cast<cudaStream_t>(stream);
   Device& d = device_state(device);
-  cudaError_t e = cudaMallocFromPoolAsync(out, bytes, d.pool, s);
-  if (e == cudaErrorMemoryAllocation) {
-    // Frees that other streams have not reached yet may be what is missing.
-    cudaGetLastError();
-    cudaDeviceSynchronize();
-    cudaMemPoolTrimTo(d.pool, 0);
-    e = cudaMallocFromPoolAsync(out, bytes, d.pool, s);
+  cudaError_t e = cudaErrorMemoryAllocation;
+  {
+    std::lock_guard<std::mutex> lock(d.memory);
+    const auto fits = [&] { return !d.budget.exceeds(reserved(d) + growth(bytes)); };
+    if (fits() || (bytes <= kSmall && unused(d) >= bytes)) e = within_limit(d, bytes, s, out);
+    if (e == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      trim(d);
+      d.budget.sample(reserved(d));
+      if (fits() || unused(d) >= bytes) e = within_limit(d, bytes, s, out);
+    }
   }
   if (e == cudaErrorMemoryAllocation) {
     cudaGetLastError();
     uint64_t f = 0, t = 0;
     mem_info(device, &f, &t);
-    return fail("ERR_LC_OUT_OF_MEMORY", "allocating " + gib(bytes) + " failed on cuda:" + std::to_string(device) + ": " + gib(f) + " of " + gib(t) +
-                                            " free; use a shorter sequence or smaller chunks, or free memory (memory() lists what lc holds)");
+    const std::string where = "allocating " + gib(bytes) + " failed on cuda:" + std::to_string(device) + ": ";
+    const std::string what = d.budget.limit ? "the limit of " + gib(d.budget.limit) + " (vramLimit), which counts the CUDA context and libraries too (" + gib(d.budget.outside()) +
+                                                  "), leaves " + gib(f)
+                                            : gib(f) + " of " + gib(t) + " free";
+    return fail("ERR_LC_OUT_OF_MEMORY", where + what + "; use a shorter sequence or smaller chunks, or free memory (memory() lists what lc holds)");
   }
   if (status(e, "cudaMallocAsync")) return -1;
   return zero ? status(cudaMemsetAsync(*out, 0, bytes, s), "cudaMemsetAsync") : 0;

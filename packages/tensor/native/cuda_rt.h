@@ -26,7 +26,13 @@ void free(int device, void* p, void* stream);
 /* Pinned memory. When it cannot be pinned: *pinned false, *out null. */
 int host_alloc(size_t bytes, void** out, bool* pinned);
 void host_free(void* p, size_t bytes, bool pinned);
+/* Free and total bytes, within the limit where there is one. What the pool holds and nobody uses is free. */
 int mem_info(int device, uint64_t* free_bytes, uint64_t* total_bytes);
+/* The most that this process may take of the device, everything included; 0: no limit. ERR_LC_OUT_OF_MEMORY when it takes more already. */
+int set_limit(int device, uint64_t bytes);
+int process_memory(int device, lctx_process_memory* out);
+/* Of devices that were used. */
+void reset_peaks();
 
 /* lc's own stream of a device: created once, does not wait for the legacy default stream. */
 int default_stream(int device, void** out);

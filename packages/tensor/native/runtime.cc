@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -78,6 +79,18 @@ void count(Allocation* a, int sign) {
       c->live_tensors--;
     }
   }
+}
+
+std::atomic<uint64_t> g_host_limit{0};
+
+/* What the limit of CPU and host memory leaves; UINT64_MAX without one. */
+uint64_t left_of_host_limit() {
+  const uint64_t limit = g_host_limit.load();
+  if (!limit) return UINT64_MAX;
+  std::lock_guard<std::mutex> lock(g_mutex);
+  uint64_t live = 0;
+  for (const char* name : {"cpu", "host"}) live += counters()[name].total.live_bytes;
+  return limit > live ? limit - live : 0;
 }
 
 constexpr uint64_t kAlign = 256;            // GEMM packing and cache lines
@@ -198,9 +211,13 @@ int alloc_impl(const lctx_alloc_params* p, lctx_tensor** out) {
 #else
     return set_error("ERR_LC_NO_PREBUILD", "this build of @lc/tensor has no CUDA code; rebuild with LCTX_CUDA=1 and nvcc, or use device 'cpu'");
 #endif
-  } else if (padded >= kCheckFree) {
-    const uint64_t available = host_memory_info().available;
-    if (padded > available) return out_of_memory(p->label, padded, "host RAM", available);
+  } else {
+    const uint64_t left = left_of_host_limit();
+    if (padded > left) return out_of_memory(p->label, padded, "host RAM, whose limit is " + gib(g_host_limit.load()) + " (ramLimit)", left);
+    if (padded >= kCheckFree) {
+      const uint64_t available = host_memory_info().available;
+      if (padded > available) return out_of_memory(p->label, padded, "host RAM", available);
+    }
   }
   Allocation* a = make(device, p->dtype, p->ndim, p->shape, p->label);
   if (!a) return set_error("ERR_LC_OUT_OF_MEMORY", "alloc: no memory for a handle");
@@ -249,8 +266,8 @@ int mem_info_impl(int32_t device_type, int32_t device_id, lctx_mem_info* out) {
 #endif
   } else {
     const HostMemory host = host_memory_info();
-    out->free_bytes = host.available;
-    out->total_bytes = host.total;
+    out->free_bytes = std::min(host.available, left_of_host_limit());
+    out->total_bytes = g_host_limit.load() ? std::min(host.total, g_host_limit.load()) : host.total;
   }
   std::lock_guard<std::mutex> lock(g_mutex);
   auto found = counters().find(device_name({device_type, device_id}));
@@ -319,11 +336,36 @@ void visit_counters_impl(lctx_counter_fn fn, void* ctx) {
   }
 }
 void reset_peaks_impl() {
+#ifdef LCTX_WITH_CUDA
+  cuda::reset_peaks();
+#endif
   std::lock_guard<std::mutex> lock(g_mutex);
   for (auto& [name, device] : counters()) {
     device.total.peak_bytes = device.total.live_bytes;
     for (auto& [label, c] : device.by_label) c.peak_bytes = c.live_bytes;
   }
+}
+
+int set_memory_limit_impl(int32_t device_type, int32_t device_id, uint64_t bytes) {
+  if (device_type != kDLCUDA) {
+    g_host_limit = bytes;
+    return 0;
+  }
+#ifdef LCTX_WITH_CUDA
+  return cuda::set_limit(device_id, bytes);
+#else
+  (void)device_id;
+  return set_error("ERR_LC_NO_PREBUILD", "this build of @lc/tensor has no CUDA code; rebuild with LCTX_CUDA=1 and nvcc, or use device 'cpu'");
+#endif
+}
+int process_memory_impl(int32_t device_id, lctx_process_memory* out) {
+#ifdef LCTX_WITH_CUDA
+  return cuda::process_memory(device_id, out);
+#else
+  (void)device_id;
+  (void)out;
+  return set_error("ERR_LC_NO_PREBUILD", "this build of @lc/tensor has no CUDA code; rebuild with LCTX_CUDA=1 and nvcc, or use device 'cpu'");
+#endif
 }
 
 #ifndef LCTX_VERSION
@@ -332,7 +374,8 @@ void reset_peaks_impl() {
 const lctx_api kApi = {LCTX_API_MAGIC, LCTX_ABI_MAJOR, LCTX_ABI_MINOR, sizeof(lctx_api), LCTX_VERSION,
                        last_error_code, last_error, set_error, cpu::num_threads, cpu::parallel_for,
                        alloc_impl, mem_info_impl, gemm_impl, grouped_gemm_impl, default_stream_impl,
-                       wrap_impl, attach_impl, detach_impl, visit_counters_impl, reset_peaks_impl};
+                       wrap_impl, attach_impl, detach_impl, visit_counters_impl, reset_peaks_impl,
+                       set_memory_limit_impl, process_memory_impl};
 
 }  // namespace
 

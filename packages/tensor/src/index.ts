@@ -8,7 +8,16 @@ export { LcError, type LcErrorCode, LcTypeError } from './errors.js';
 export * from './gemm.js';
 export { leaks } from './leaks.js';
 export { PlainExpertLinear, PlainLinear } from './linear.js';
-export { deviceMemory, memInfo, memory, resetPeak } from './memory.js';
+export {
+  deviceMemory,
+  memInfo,
+  memory,
+  type ProcessMemory,
+  processMemory,
+  resetPeak,
+  setRamLimit,
+  setVramLimit,
+} from './memory.js';
 export {
   type BuildInfo,
   buildInfo,

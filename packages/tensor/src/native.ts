@@ -19,7 +19,9 @@ export interface DeviceMemory extends CounterSnapshot {
   byLabel: Record<string, CounterSnapshot>;
 }
 export interface MemInfo {
-  /** Bytes free on the device now; for the CPU: RAM available to this process, cgroup limits included. */
+  /**
+   * Bytes free on the device now; for the CPU: RAM available to this process, cgroup limits included. Within `setVramLimit` or `setRamLimit`, where one is set.
+   */
   freeBytes: number;
   totalBytes: number;
   /** Bytes that lc's allocator holds, now and at most. */
@@ -67,6 +69,15 @@ export interface CoreNative {
   memory(): Record<string, DeviceMemory>;
   resetPeak(): void;
   memInfo(deviceType: number, deviceId: number): MemInfo;
+  setMemoryLimit(deviceType: number, deviceId: number, bytes: number): void;
+  processMemory(deviceId: number): {
+    source: number;
+    bytes: number;
+    peakBytes: number;
+    poolBytes: number;
+    poolUsedBytes: number;
+    limitBytes: number;
+  };
   toDLPack(args: { x: unknown }): object;
   dlpackPointer(external: object): bigint;
   fromDLPack(

@@ -1,3 +1,4 @@
+import { constants } from 'node:buffer';
 import {
   arrayOver,
   type Device,
@@ -155,7 +156,7 @@ export class Tensor implements Disposable {
   /**
    * The elements as a typed array that shares this memory (CPU and host, contiguous; bf16 and f16 as Uint16Array bits). Valid until the tensor is
    * disposed; then it becomes empty.
-   * @throws ERR_LC_DEVICE, ERR_LC_STRIDES, ERR_LC_DISPOSED
+   * @throws ERR_LC_DEVICE, ERR_LC_STRIDES, ERR_LC_DISPOSED; ERR_LC_OUT_OF_BOUNDS where the allocation is larger than JavaScript can look into (4 GiB in Node 20)
    */
   data(): Float32Array;
   data<T extends TypedArray>(): T;
@@ -166,6 +167,13 @@ export class Tensor implements Disposable {
     if (!this.isContiguous)
       throw new LcTypeError('ERR_LC_STRIDES', `data: ${this} is strided; copy it to a contiguous tensor, or use await tensor.read()`);
     const s = this.storage;
+    if (s.nbytes > constants.MAX_LENGTH) {
+      throw new LcTypeError(
+        'ERR_LC_OUT_OF_BOUNDS',
+        `data: ${this} lies in an allocation of ${(s.nbytes / 2 ** 30).toFixed(2)} GiB, and a typed array of this Node looks into at most ` +
+          `${(constants.MAX_LENGTH / 2 ** 30).toFixed(2)} GiB; copy a part of it, such as rows(start, count), to a tensor of its own and look there`,
+      );
+    }
     s.loan ??= core().buffer(s.handle);
     return arrayOver(this.dtype, s.loan.buffer, this.byteOffset, this.numel) as T;
   }

@@ -1,3 +1,4 @@
+import { constants } from 'node:buffer';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { describe, expect, it } from 'vitest';
 import {
@@ -11,7 +12,10 @@ import {
   fromTypedArray,
   memInfo,
   pointerOf,
+  processMemory,
   Scope,
+  setRamLimit,
+  setVramLimit,
   type Tensor,
   toDLPack,
   zeros,
@@ -177,4 +181,46 @@ describe('Scope', () => {
     expect(() => scope.dispose()).toThrow('b');
     expect(order).toEqual(['c', 'b', 'a']);
   });
+});
+
+describe('limits', () => {
+  it('setRamLimit: an allocation beyond it fails and names it; memInfo counts within it', () => {
+    const { liveBytes } = deviceMemory('cpu');
+    const host = deviceMemory('host').liveBytes;
+    const room = 1 << 20;
+    setRamLimit(liveBytes + host + room);
+    try {
+      expect(memInfo('cpu')).toMatchObject({ freeBytes: room, totalBytes: liveBytes + host + room });
+      expect(processMemory()).toMatchObject({ limitBytes: liveBytes + host + room, source: 'kernel' });
+      using half = empty([room / 2], { dtype: 'u8', device: 'host' });
+      expect(memInfo('host').freeBytes).toBe(room - half.nbytes);
+      expect(() => empty([room], { dtype: 'u8', label: 'too much' })).toThrow(
+        expect.objectContaining({
+          code: 'ERR_LC_OUT_OF_MEMORY',
+          message: expect.stringMatching(/'too much' failed on host RAM, whose limit is .*ramLimit/),
+        }),
+      );
+    } finally {
+      setRamLimit(null);
+    }
+    empty([room], { dtype: 'u8' }).dispose();
+    expect(processMemory().limitBytes).toBeNull();
+    expect(processMemory().peakBytes).toBeGreaterThan(1 << 20);
+  });
+
+  it('refuses what is no limit, and a VRAM limit for something else', () => {
+    for (const bad of [0, -1, 1.5, Number.NaN]) expect(code(() => setRamLimit(bad))).toBe('ERR_LC_ARGUMENT');
+    expect(code(() => setVramLimit('cpu', 1))).toBe('ERR_LC_DEVICE');
+    expect(['ERR_LC_NO_DRIVER', 'ERR_LC_NO_PREBUILD', 'nothing thrown']).toContain(code(() => setVramLimit('cuda', null)));
+    expect(['ERR_LC_NO_DRIVER', 'ERR_LC_NO_PREBUILD', 'nothing thrown']).toContain(code(() => processMemory('cuda')));
+  });
+});
+
+// Linux maps the pages when they are touched, so this takes none.
+it.skipIf(memInfo('cpu').freeBytes < 5 * 2 ** 30 || constants.MAX_LENGTH > 2 ** 32)('data() of more than 4 GiB says what to do', () => {
+  using t = empty([4 * 2 ** 30 + 256], { dtype: 'u8' });
+  expect(() => t.data()).toThrow(
+    expect.objectContaining({ code: 'ERR_LC_OUT_OF_BOUNDS', message: expect.stringContaining('rows(start, count)') }),
+  );
+  expect(code(() => t.rows(0, 16).data())).toBe('ERR_LC_OUT_OF_BOUNDS');
 });
