@@ -1,8 +1,5 @@
-/** The bundle's program. */
-import { benchAttention } from './bench-attention.gpu.js';
-import { benchGemm } from './bench-gemm.gpu.js';
-import { benchRows } from './bench-rows.gpu.js';
-import { benchStep } from './bench-step.gpu.js';
+/** The bundle's program: the `lc` command, and what only the bundle has (GPU tests, parity, the quickstart's fine-tune). */
+import { program, runProgram } from '../../packages/trainer/src/cli/program.js';
 import { runTests } from './harness.js';
 import { gpuParity } from './parity.gpu.js';
 import { gpuTrain } from './train.gpu.js';
@@ -12,40 +9,29 @@ import './attention.gpu.js';
 import './large.gpu.js';
 import './repeat.gpu.js';
 
-const usage =
-  'usage: ./run test [filter] | ./run parity DIR [--peer OUT_OF_PARITY_BF16.json] [--out OURS.json] | ./run bench gemm|rows|attention | ./run bench step [--tokens N] ... | ./run train MODEL_DIR TEXT_DIR [steps]';
+const lc = program('./run').description('lc, its GPU tests and its benches: needs an NVIDIA driver and nothing else');
+const exit = (ok: boolean): void => {
+  process.exitCode = ok ? 0 : 1;
+};
+lc.command('test')
+  .description('every CUDA op against the CPU')
+  .argument('[filter]', 'run only tests whose name contains it', '')
+  .action(async (filter: string) => exit(await runTests(filter)));
+lc.command('parity')
+  .description("reference models in bf16 against transformers' f32")
+  .argument('<folder>', 'of reference models')
+  .option('--peer <file>', "what test/gpu/peers/parity_bf16.py wrote: transformers' own bf16 run")
+  .option('--out <file>', 'write our side there')
+  .action(async (folder: string, { peer, out }: { peer?: string; out?: string }) => exit(await gpuParity(folder, { peer, out })));
+lc.command('quickstart')
+  .description("the quickstart's fine-tune on the GPU")
+  .argument('<model>', 'examples/quickstart/tiny-gpt-oss')
+  .argument('<texts>', 'folder of chapter_N.txt')
+  .argument('[steps]', 'optimizer steps', '60')
+  .action((model: string, texts: string, steps: string) => gpuTrain(model, texts, Number(steps)));
 
-async function main([command, what = '', ...rest]: string[]): Promise<number> {
-  if (command === 'test') return (await runTests(what)) ? 0 : 1;
-  if (command === 'parity' && what) {
-    const option = (name: string): string | undefined => (rest.includes(name) ? rest[rest.indexOf(name) + 1] : undefined);
-    return (await gpuParity(what, { peer: option('--peer'), out: option('--out') })) ? 0 : 1;
-  }
-  if (command === 'train' && what && rest[0]) {
-    await gpuTrain(what, rest[0], Number(rest[1] ?? 60));
-    return 0;
-  }
-  if (command === 'bench' && what === 'gemm') {
-    await benchGemm();
-    return 0;
-  }
-  if (command === 'bench' && what === 'rows') {
-    await benchRows();
-    return 0;
-  }
-  if (command === 'bench' && what === 'step') {
-    await benchStep(rest);
-    return 0;
-  }
-  if (command === 'bench' && what === 'attention') {
-    await benchAttention();
-    return 0;
-  }
-  console.error(usage);
-  return 2;
-}
-
-main(process.argv.slice(2)).then(
+const argv = process.argv.slice(2);
+runProgram(lc, argv.length === 0 ? ['--help'] : argv).then(
   (code) => process.exit(code),
   (error: unknown) => {
     console.error(error);
