@@ -85,7 +85,7 @@ export interface AttentionBackwardArgs extends AttentionArgs {
   dSinks?: Tensor | null;
   /**
    * Default true: the same bits every time. False: on a GPU, full attention at head dims up to 64 sums dQ in no fixed order, which is faster and takes
-   * f32 scratch for all of dQ (`attentionWorkspaceBytes`); dQ then differs from run to run by the rounding of f32 sums. dK, dV and dSinks stay as they are.
+   * f32 scratch for all of dQ (`attentionWorkspaceBytes`); dQ then differs from run to run by the rounding of f32 sums; dK, dV and dSinks do not.
    */
   deterministic?: boolean;
 }
