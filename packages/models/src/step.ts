@@ -27,6 +27,8 @@ export interface TrainingSessionOptions {
   /** Keep the attention output of full-attention layers for backward, where memory allows. Default: nothing is kept. */
   readonly keep?: LayerScheduleOptions['keep'];
   readonly prefetchAhead?: number;
+  /** Time phases and waits for copies; `schedule.profile()` reads them. */
+  readonly profile?: boolean;
   /** Only `evaluate` will be called: no checkpoints are kept. */
   readonly evaluateOnly?: boolean;
   /**
@@ -85,7 +87,19 @@ export class TrainingSession implements Disposable {
 
   /** @throws ERR_LC_ARGUMENT, ERR_LC_PLAN, ERR_LC_OUT_OF_MEMORY */
   constructor(options: TrainingSessionOptions) {
-    const { model, tokens, chunk, ws, lossChunk = 'auto', storeOptions, keep, prefetchAhead, evaluateOnly, verifyRecompute } = options;
+    const {
+      model,
+      tokens,
+      chunk,
+      ws,
+      lossChunk = 'auto',
+      storeOptions,
+      keep,
+      prefetchAhead,
+      profile,
+      evaluateOnly,
+      verifyRecompute,
+    } = options;
     this.model = model;
     this.ws = ws;
     this.tokens = tokens;
@@ -98,6 +112,7 @@ export class TrainingSession implements Disposable {
           ...(storeOptions ? { storeOptions } : {}),
           ...(keep ? { keep } : {}),
           ...(prefetchAhead === undefined ? {} : { prefetchAhead }),
+          ...(profile ? { profile } : {}),
           ...(evaluateOnly ? { evaluateOnly } : {}),
           ...(verifyRecompute ? { verifyRecompute } : {}),
         }),

@@ -51,6 +51,8 @@ export interface LayerScheduleOptions {
   evaluateOnly?: boolean;
   /** How many layer calls ahead host-tier chunks are asked for. Default 1. */
   prefetchAhead?: number;
+  /** Times phases and waits for copies by events on the compute stream; `LayerSchedule.profile` reads them. Default false. */
+  profile?: boolean;
   /** For tests (CPU): recompute every layer in backward and compare with the forward, bit for bit. */
   verifyRecompute?: boolean;
 }

@@ -2,6 +2,7 @@ import { type Kept, type Layer, type LayerState, LcTypeError, type Span, type Wo
 import { KeptRows } from './kept.js';
 import type { HiddenCallback, InputGradientCallback, LayerScheduleOptions, LossCallback, SequenceOptions, WriteInput } from './options.js';
 import { makeSpans, requireCount } from './plan.js';
+import { Profiler, type ScheduleProfile } from './profile.js';
 import { drain, Pacer, type Progress, type RunOptions } from './run.js';
 import type { StoredChunk } from './slots.js';
 import { ActivationStore } from './store.js';
@@ -30,6 +31,7 @@ export class LayerSchedule implements Disposable {
   private readonly check: RecomputeCheck | null;
   private readonly kept: KeptRows | null;
   private readonly pacer: Pacer;
+  private readonly profiler: Profiler | null;
   private sequenceSpans: Span[] = [];
   private evaluationSpans: Span[] = [];
   private passes!: Passes;
@@ -73,8 +75,11 @@ export class LayerSchedule implements Disposable {
     }
     this.check = null;
     this.kept = null;
+    this.profiler = options.profile ? new Profiler(store.compute, () => store.makeEvent({ timing: true })) : null;
+    store.profiler = this.profiler;
     try {
       if (options.keep && !this.evaluateOnly) this.kept = KeptRows.make(layers, store, options.keep);
+      if (this.kept) this.kept.store.profiler = this.profiler;
       if (options.verifyRecompute) this.check = new RecomputeCheck(store);
       this.pacer = new Pacer(store);
       this.begin({ tokens, docStart: options.docStart ?? null, dropoutSeed: options.dropoutSeed });
@@ -146,8 +151,20 @@ export class LayerSchedule implements Disposable {
     return this.pacer.run(this.forwardOnlySteps(writeInput, onHidden), options);
   }
 
+  /**
+   * Device time by phase, and what of it the compute stream waited for copies, since the last call; made with `profile`. Waits for the device. On the CPU,
+   * where launches are complete when they return, it is the time of the calls.
+   * @throws LcTypeError ERR_LC_ARGUMENT
+   */
+  profile(): Promise<ScheduleProfile> {
+    if (!this.profiler) throw new LcTypeError('ERR_LC_ARGUMENT', 'LayerSchedule.profile: made without profile: true; nothing was timed');
+    return this.profiler.read();
+  }
+
   /** Frees the store if this schedule made it. On a GPU, `await schedule.store.sync()` first if a step may be in flight. */
   dispose(): void {
+    this.store.profiler = null;
+    this.profiler?.dispose();
     this.check?.dispose();
     this.kept?.dispose();
     this.pacer?.dispose();
@@ -279,9 +296,11 @@ export class LayerSchedule implements Disposable {
         const layer = sweep.layer >= 0 ? this.layerOf(sweep) : null;
         let state: LayerState | null = null;
         try {
+          if (layer) this.profiler?.enter('open');
           if (layer && sweep.pass) state = layer.open(last.start + last.length, sweep.pass, ws);
           for (const op of sweep.ops) {
             prefetch(store, this.kept?.store ?? null, pass.ops, done, this.ahead);
+            this.profiler?.enter(op.kind);
             handler(op, spans[op.chunk] as Span, sweep, state);
             done++;
             yield { phase: op.kind, layer: sweep.layer, chunk: op.chunk, done, total };
@@ -292,6 +311,7 @@ export class LayerSchedule implements Disposable {
         }
       }
     } finally {
+      this.profiler?.enter(null);
       this.running = false;
     }
   }

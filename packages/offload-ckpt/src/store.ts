@@ -1,5 +1,6 @@
 import { type Device, type DeviceLike, defaultStream, empty, LcError, LcTypeError, Scope, type Tensor } from '@lc/tensor';
 import { chunkLength, planStore, type StorePlan, type StoreShape, type Tier } from './plan.js';
+import type { Profiler } from './profile.js';
 import { Slot, StoredChunk } from './slots.js';
 import { type EventLike, type StreamFactory, type StreamLike, tensorStreams } from './streams.js';
 
@@ -43,6 +44,8 @@ export class ActivationStore implements Disposable {
   private readonly input: StreamLike | null = null;
   private readonly output: StreamLike | null = null;
   private readonly slots: Slot[] = [];
+  /** @internal Times the compute stream's waits for copies. */
+  profiler: Profiler | null = null;
   private clock = 0;
   private length: number;
   private closed = false;
@@ -129,7 +132,7 @@ export class ActivationStore implements Disposable {
     const slot = entry.slot ?? this.load(entry, false);
     if (slot === null) throw new LcError('ERR_LC_PLAN', 'ActivationStore: no staging slot');
     if (slot.leased) throw inUse('read', entry);
-    if (slot.loaded) this.compute.wait(slot.ready);
+    if (slot.loaded) this.computeWaits(slot.ready);
     slot.leased = true;
     slot.pending = false;
     return this.part(slot, entry);
@@ -202,8 +205,8 @@ export class ActivationStore implements Disposable {
   }
 
   /** @internal An event of the store's device; its maker disposes it. */
-  makeEvent(): EventLike {
-    return this.streams.event(this.device);
+  makeEvent(options?: { timing?: boolean }): EventLike {
+    return this.streams.event(this.device, options);
   }
 
   private own<T extends { dispose(): void }>(item: T): T {
@@ -262,8 +265,13 @@ export class ActivationStore implements Disposable {
 
   /** Copies into or out of the slot that are still under way come first. */
   private beforeComputeWrites(slot: Slot): void {
-    if (slot.loaded) this.compute.wait(slot.ready);
-    if (slot.wasStored) this.compute.wait(slot.stored);
+    if (slot.loaded) this.computeWaits(slot.ready);
+    if (slot.wasStored) this.computeWaits(slot.stored);
+  }
+
+  private computeWaits(event: EventLike): void {
+    if (this.profiler) this.profiler.wait(event);
+    else this.compute.wait(event);
   }
 
   private load(entry: StoredChunk, ahead: boolean): Slot | null {

@@ -15,16 +15,18 @@ export interface EventLike {
   record(stream: StreamLike): void;
   /** Resolves when everything before the latest `record` is done. */
   sync(): Promise<void>;
+  /** Milliseconds from an earlier event to this one, both made with `timing` and done. Profiles need it. */
+  elapsedSince?(earlier: EventLike): number;
   dispose(): void;
 }
 
 /** Makes the store's two copy streams and its events. */
 export interface StreamFactory {
   stream(device: Device): StreamLike;
-  event(device: Device): EventLike;
+  event(device: Device, options?: { timing?: boolean }): EventLike;
 }
 
 export const tensorStreams: StreamFactory = {
   stream: (device) => new Stream(device),
-  event: (device) => new Event(device),
+  event: (device, options) => new Event(device, options),
 };

@@ -119,6 +119,8 @@ export class Stream implements Disposable {
 
 /** A point in a stream. */
 export class Event implements Disposable {
+  /** On the CPU: when it was recorded. */
+  private time = 0;
   readonly device: Device;
   private readonly pointer: bigint;
   private readonly id: number;
@@ -147,6 +149,7 @@ export class Event implements Disposable {
       throw new LcTypeError('ERR_LC_DEVICE', `Event.record: an event on ${this.device} cannot record a stream on ${stream.device}`);
     }
     if (event) native().cudaEventRecord(event, at);
+    else this.time = performance.now();
   }
 
   /** Whether everything before it is done. */
@@ -168,10 +171,10 @@ export class Event implements Disposable {
     }
   }
 
-  /** Milliseconds of device time from `earlier` to this event; both made with `timing`, both done. */
+  /** Milliseconds of device time from `earlier` to this event; both made with `timing`, both done. On the CPU: between the two calls of `record`. */
   elapsedSince(earlier: Event): number {
     const [event, before] = [this.handle, earlier.handle];
-    return event ? native().cudaEventElapsed(before, event) : 0;
+    return event ? native().cudaEventElapsed(before, event) : this.time - earlier.time;
   }
 
   /** Using it afterwards throws ERR_LC_DISPOSED. */

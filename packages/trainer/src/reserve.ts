@@ -41,6 +41,8 @@ export interface ReserveOptions {
   deterministic?: boolean | undefined;
   prefetchAhead?: number | undefined;
   verifyRecompute?: boolean | undefined;
+  /** Time phases and waits for copies, for `session.schedule.profile()`. */
+  profile?: boolean | undefined;
   /** Told once about memory that is not pinned, and about a workspace that the plan made too small. */
   onWarning?: ((message: string) => void) | undefined;
   /** What is free, in bytes. For tests; default: measured, less a margin. */
@@ -187,6 +189,7 @@ function take(o: ReserveOptions, p: Plan, attempts: readonly Attempt[]): Reserva
         deterministic: o.deterministic ?? true,
         ...(o.prefetchAhead === undefined ? {} : { prefetchAhead: o.prefetchAhead }),
         ...(o.verifyRecompute === undefined ? {} : { verifyRecompute: o.verifyRecompute }),
+        ...(o.profile === undefined ? {} : { profile: o.profile }),
         ...(o.evaluateOnly === undefined ? {} : { evaluateOnly: o.evaluateOnly }),
       }),
     );
