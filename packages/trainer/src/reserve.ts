@@ -3,12 +3,29 @@
  * speed, and nothing has been computed. `SFTTrainer` and `lc bench step` share it.
  */
 import { type CausalLM, TrainingSession } from '@lc/models';
-import { type Device, isPinned, LcError, memInfo, Scope, Workspace } from '@lc/tensor';
+import {
+  type Device,
+  deviceMemory,
+  isPinned,
+  LcError,
+  memInfo,
+  processMemory,
+  Scope,
+  setRamLimit,
+  setVramLimit,
+  Workspace,
+} from '@lc/tensor';
 import { type ModelShape, type Plan, type PlanOptions, plan, ramInfo } from '@lc/vram-probe';
 import { isPrepared, loraOf, shapeOf } from './model-shape.js';
 
 /** Which budget ran out. */
 export type Budget = 'VRAM' | 'RAM' | 'pinned';
+
+/** Bytes that a plan may count on. */
+export interface Budgets {
+  vram: number;
+  ram: number;
+}
 
 export interface ReserveOptions {
   /** Loaded, with its adapter: what it holds is not planned again. */
@@ -27,10 +44,13 @@ export interface ReserveOptions {
   keep?: number | 'auto' | undefined;
   /** 'auto': as few as fit. Default 1. */
   layersPerSegment?: number | 'auto' | undefined;
-  /** Bytes of device memory that the process may take in all, context and libraries included; default what is free. On the CPU: of RAM, besides what is taken already. */
-  vramLimit?: number | undefined;
-  /** Bytes of host memory for the step; default 90% of what is free. */
-  ramLimit?: number | undefined;
+  /**
+   * Bytes of device memory that the process may take in all, context and libraries included: set for the allocator (`setVramLimit`), and left set. null lifts a limit.
+   * Default: as it is. On the CPU: RAM for what this reservation takes.
+   */
+  vramLimit?: number | null | undefined;
+  /** Bytes of RAM that lc's allocator may take in all (`setRamLimit`), likewise. Plans take at most 90% of the RAM that is free. */
+  ramLimit?: number | null | undefined;
   /** Leave room for an AdamW that is not made yet. Default: it is there already (or there is none). */
   optimBits?: 8 | 32 | undefined;
   /** Only `evaluate` will be called: no checkpoints. */
@@ -46,7 +66,7 @@ export interface ReserveOptions {
   /** Told once about memory that is not pinned, and about a workspace that the plan made too small. */
   onWarning?: ((message: string) => void) | undefined;
   /** What is free, in bytes. For tests; default: measured, less a margin. */
-  budgets?: { vram: number; ram: number } | undefined;
+  budgets?: Budgets | undefined;
 }
 
 export interface Attempt {
@@ -67,19 +87,32 @@ export interface Reservation extends Disposable {
 const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;
 const MAX_ATTEMPTS = 16;
 
-/** What may be taken now: measured, less a margin for rounding and for what others take meanwhile. */
-function measureBudgets(o: ReserveOptions, device: Device): { vram: number; ram: number } {
-  if (o.budgets) return o.budgets;
-  const freeRam = Math.min(memInfo('cpu').freeBytes, ramInfo().availableBytes) * 0.9;
-  const ram = Math.min(freeRam, o.ramLimit ?? Number.POSITIVE_INFINITY);
-  const limit = o.vramLimit ?? Number.POSITIVE_INFINITY;
-  if (!device.startsWith('cuda')) return { vram: Math.min(freeRam, limit), ram };
-  const { freeBytes, totalBytes } = memInfo(device);
-  const margin = Math.max(256 << 20, freeBytes * 0.01);
-  return { vram: Math.max(0, Math.min(freeBytes, limit - (totalBytes - freeBytes)) - margin), ram };
+export interface Limits {
+  vramLimit?: number | null | undefined;
+  ramLimit?: number | null | undefined;
 }
 
-function planOptions(o: ReserveOptions, device: Device, budgets: { vram: number; ram: number }): PlanOptions {
+/** Sets the limits that were given. @throws ERR_LC_OUT_OF_MEMORY when more is taken already */
+export function applyLimits(device: Device, { vramLimit, ramLimit }: Limits): void {
+  if (ramLimit !== undefined) setRamLimit(ramLimit);
+  if (vramLimit !== undefined && device.startsWith('cuda')) setVramLimit(device, vramLimit);
+}
+
+/** What may be taken now: measured, within the limits, less a margin for what others take meanwhile and for kernels that are loaded at their first launch. */
+export function measureBudgets(device: Device, { vramLimit, ramLimit }: Limits = {}): Budgets {
+  const live = deviceMemory('cpu').liveBytes + deviceMemory('host').liveBytes;
+  const allowed = ramLimit ? Math.max(0, ramLimit - live) : Number.POSITIVE_INFINITY;
+  const ram = Math.min(memInfo('cpu').freeBytes, ramInfo().availableBytes * 0.9, allowed);
+  if (!device.startsWith('cuda')) return { vram: Math.min(ram, vramLimit ?? Number.POSITIVE_INFINITY), ram };
+  let { freeBytes } = memInfo(device);
+  if (vramLimit) {
+    const { bytes, poolBytes, poolUsedBytes } = processMemory(device);
+    freeBytes = Math.min(freeBytes, vramLimit - (bytes - poolBytes + poolUsedBytes));
+  }
+  return { vram: Math.max(0, freeBytes - Math.max(256 << 20, freeBytes * 0.01)), ram };
+}
+
+function planOptions(o: ReserveOptions, device: Device, budgets: Budgets): PlanOptions {
   const { model } = o;
   const onGpu = device.startsWith('cuda');
   const shape = o.shape ?? shapeOf(model);
@@ -108,12 +141,16 @@ function planOptions(o: ReserveOptions, device: Device, budgets: { vram: number;
 /** cuBLASLt's workspace, products cut along k, kernels that are loaded at their first launch. */
 const LIBRARIES = 192 << 20;
 
+/** The allocator is native code: what it throws is an `Error` with a code. */
+const isOutOfMemory = (error: unknown): error is Error =>
+  error instanceof Error && (error as { code?: unknown }).code === 'ERR_LC_OUT_OF_MEMORY';
+
 /** Which budget an allocator's error is about. */
-const budgetOf = (error: LcError): Budget => (/ on cuda:\d+|VRAM/.test(error.message) ? 'VRAM' : 'RAM');
+const budgetOf = (error: Error): Budget => (/ on cuda:\d+|VRAM/.test(error.message) ? 'VRAM' : 'RAM');
 
 /** What `reserveStep` would begin with, from what is free now: nothing is taken. @throws ERR_LC_ARGUMENT */
 export function planStep(o: ReserveOptions): Plan {
-  return plan(planOptions(o, o.model.device, measureBudgets(o, o.model.device)));
+  return plan(planOptions(o, o.model.device, o.budgets ?? measureBudgets(o.model.device, o)));
 }
 
 /**
@@ -128,25 +165,27 @@ export function reserveStep(o: ReserveOptions): Reservation {
   const { model } = o;
   const { device } = model;
   const attempts: Attempt[] = [];
-  const budgets = { ...measureBudgets(o, device) };
+  applyLimits(device, o);
+  const budgets = { ...(o.budgets ?? measureBudgets(device, o)) };
   for (;;) {
     const p = plan(planOptions(o, device, budgets));
     if (!p.fits) throw doesNotFit(o, p, attempts);
     try {
       return take(o, p, attempts);
     } catch (error) {
-      if (!(error instanceof LcError) || error.code !== 'ERR_LC_OUT_OF_MEMORY') throw error;
+      if (!isOutOfMemory(error)) throw error;
       const failed = error instanceof NotPinned ? 'pinned' : budgetOf(error);
       attempts.push({ plan: p, failed, message: error.message });
       if (attempts.length >= MAX_ATTEMPTS) throw doesNotFit(o, p, attempts);
-      shrink(budgets, p, failed, device);
+      shrink(budgets, p, failed, device, attempts.length);
     }
   }
 }
 
-/** The next plan gets clearly less of what ran out: 4% less than the failed one took, at least 1 MiB. */
-function shrink(budgets: { vram: number; ram: number }, p: Plan, failed: Budget, device: Device): void {
-  const less = (taken: number, budget: number): number => Math.max(0, Math.min(budget, taken) - Math.max(1 << 20, 0.04 * taken));
+/** The next plan gets clearly less of what ran out than the failed one took: 4%, then 8%, ... at most half. */
+function shrink(budgets: Budgets, p: Plan, failed: Budget, device: Device, attempts: number): void {
+  const share = Math.min(0.5, 0.04 * 2 ** (attempts - 1));
+  const less = (taken: number, budget: number): number => Math.max(0, Math.min(budget, taken) - Math.max(1 << 20, share * taken));
   const { device: onDevice, host } = p.predictedPeak;
   if (!device.startsWith('cuda')) budgets.vram = budgets.ram = less(onDevice + host, Math.min(budgets.vram, budgets.ram));
   else if (failed === 'VRAM') budgets.vram = less(onDevice, budgets.vram);

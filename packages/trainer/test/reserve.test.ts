@@ -1,6 +1,6 @@
 import { attachLora, type CausalLM, loadModel } from '@lc/models';
 import { AdamW } from '@lc/qlora';
-import { deviceMemory } from '@lc/tensor';
+import { deviceMemory, setRamLimit } from '@lc/tensor';
 import { expectNoLeaks, seededRandom } from '@lc/tensor/testing';
 import { describe, expect, it } from 'vitest';
 import { reserveStep } from '../src/index.js';
@@ -42,6 +42,38 @@ describe('reserveStep', () => {
       expect(Number.isFinite(loss)).toBe(true);
       expect(warnings).toEqual([]);
       expect(reserved.workspace.peakBytes).toBeLessThanOrEqual(reserved.plan.bytes.workspace);
+    }
+  });
+
+  it('a reservation that fails shrinks the plan, and nothing has been computed', async () => {
+    using model = await adapted('gpt-oss');
+    const live = deviceMemory('cpu').liveBytes + deviceMemory('host').liveBytes;
+    const plenty = { vram: 2 ** 34, ram: 2 ** 34 };
+    using roomy = reserveStep({ model, tokens: 2048, budgets: plenty });
+    const need = roomy.plan.predictedPeak.device + roomy.plan.predictedPeak.host;
+    roomy.dispose();
+    try {
+      // The budgets promise more than the allocator gives.
+      using tight = reserveStep({ model, tokens: 2048, budgets: plenty, ramLimit: Math.floor(live + need * 0.6) });
+      expect(tight.attempts.length).toBeGreaterThan(0);
+      for (const attempt of tight.attempts) expect(attempt).toMatchObject({ failed: 'RAM', message: expect.stringContaining('ramLimit') });
+      expect(tight.plan.predictedPeak.device + tight.plan.predictedPeak.host).toBeLessThan(need * 0.6);
+      expect(model.parameters.every((p) => p.grad.data().every((v) => v === 0))).toBe(true);
+      const { loss } = await tight.session.step(sequence(2048, model.config.vocabSize));
+      expect(Number.isFinite(loss)).toBe(true);
+      tight.dispose();
+      const before = deviceMemory('cpu').liveBytes + deviceMemory('host').liveBytes;
+      expect(() => reserveStep({ model, tokens: 2048, budgets: plenty, ramLimit: live + (4 << 20) })).toThrow(
+        expect.objectContaining({
+          message: expect.stringMatching(/2048 tokens do not fit: .*longest length that fits: \d+.*the last reservation failed: RAM/s),
+        }),
+      );
+      expect(deviceMemory('cpu').liveBytes + deviceMemory('host').liveBytes).toBe(before); // nothing stays
+      // Measured budgets see the limit, so nothing fails.
+      using measured = reserveStep({ model, tokens: 2048, ramLimit: Math.floor(live + need * 0.6) });
+      expect(measured.attempts).toEqual([]);
+    } finally {
+      setRamLimit(null);
     }
   });
 

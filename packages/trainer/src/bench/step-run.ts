@@ -1,11 +1,12 @@
 /** One training step of a model in memory: reserved, warmed up, timed. What does not fit is an answer, not a failure. */
 import type { CausalLM, SequenceLoss, TokenSequence } from '@lc/models';
 import type { AdamW } from '@lc/qlora';
-import { deviceMemory, empty, fill, LcError, memInfo, resetPeak, Scope } from '@lc/tensor';
-import { planStep, type Reservation, type ReserveOptions, reserveStep } from '../reserve.js';
+import { deviceMemory, empty, fill, LcError, processMemory, resetPeak, Scope } from '@lc/tensor';
+import { type Budgets, measureBudgets, planStep, type Reservation, type ReserveOptions, reserveStep } from '../reserve.js';
 import { Clock } from './clock.js';
 import { stepFlops } from './flops.js';
-import { PhaseClock } from './phase-clock.js';
+import { applyCaps } from './memory-caps.js';
+import { gibibytes } from './report.js';
 import { nameOf, type StepCase, sizesOf } from './step-case.js';
 
 export interface StepResult {
@@ -29,21 +30,24 @@ export interface StepResult {
   tokensPerSecond?: number;
   loss?: number;
   gradNorm?: number;
-  /** Device time. */
+  /** Seconds of device time; 'open' is what a layer does before its first chunk: dequantization, and zeroing dK and dV. */
   phases?: Record<string, number>;
+  /** Seconds of it that the compute stream stood still for copies: what computation did not hide. */
+  copyWaitSeconds?: number;
   /** Weights to the compute dtype: of one layer, measured apart, and that times the passes of the step. */
   dequantization?: { layerMs: number; passes: number; seconds: number };
-  /** Seconds that the compute stream waited for copies. */
-  copyWaitSeconds?: number;
   floorSeconds?: number;
   /** seconds / floorSeconds. */
   overFloor?: number;
   /** The floor's FLOPs over the seconds. */
   tflops?: number;
-  vram?: { driverPeakBytes: number | null; allocatorPeakBytes: number; byLabel: Record<string, number> };
-  /** Of the activation store, and all that lc's allocator pinned. */
+  /** `driverPeakBytes`: everything that this process takes, as the driver counts it; null on the CPU. */
+  vram?: { driverPeakBytes: number | null; driverSource: string; allocatorPeakBytes: number; byLabel: Record<string, number> };
+  /** Of the activation store, and all that lc's allocator holds of host memory for copies. */
   hostBytes?: { checkpoints: number; peak: number };
   checkpoints?: { deviceBytes: number; hostBytes: number };
+  /** Plans that did not find the memory they counted on. */
+  attempts?: number;
   warnings?: string[];
 }
 
@@ -66,26 +70,50 @@ export function sequenceOf(model: CausalLM, tokens: number): TokenSequence {
 export const isShort = (error: unknown): error is LcError =>
   error instanceof LcError && (error.code === 'ERR_LC_PLAN' || error.code === 'ERR_LC_OUT_OF_MEMORY');
 
-function reserveOptions(model: CausalLM, c: StepCase, alreadyTaken: boolean): ReserveOptions {
+/** What a plan may count on when so many bytes are still to be taken beside it. On the CPU, where nothing caps the allocator, the case's caps are held here. */
+function budgetsFor(model: CausalLM, c: StepCase, beside: number, stillToTake: boolean): Budgets {
+  const free = measureBudgets(model.device);
+  const vram = free.vram - (stillToTake ? beside : 0);
+  const cap = (bytes: number | undefined): number =>
+    model.device === 'cpu' ? (bytes ?? Number.POSITIVE_INFINITY) : Number.POSITIVE_INFINITY;
+  const left = Math.min(vram, cap(c.vram) - beside);
+  if (left <= 0) {
+    throw new LcError(
+      'ERR_LC_PLAN',
+      `${c.tokens} tokens do not fit: ${model.device === 'cpu' ? 'RAM' : 'VRAM'}: ${gibibytes(beside)} of f32 logits and their gradient needed beside the rest, ` +
+        `${gibibytes(left + beside)} to be had`,
+    );
+  }
+  return { vram: left, ram: Math.min(free.ram, cap(c.ram)) };
+}
+
+function reserveOptions(model: CausalLM, c: StepCase, stillToTake: boolean): ReserveOptions {
   const { wholeLogitsBytes, ...sizes } = sizesOf(model, c);
-  const onGpu = model.device.startsWith('cuda');
-  const { freeBytes, totalBytes } = memInfo(onGpu ? model.device : 'cpu');
-  // Whole logits lie beside the plan. A limit on a GPU counts everything taken; on the CPU it does not.
-  const beside = wholeLogitsBytes > 0 && !(alreadyTaken && onGpu);
-  const vramLimit = beside ? Math.min(c.vram ?? Number.POSITIVE_INFINITY, onGpu ? totalBytes : freeBytes) - wholeLogitsBytes : c.vram;
   return {
-    ...{ model, tokens: c.tokens, vramLimit, ramLimit: c.ram, layersPerSegment: c.layersPerSegment },
-    ...{ keep: c.keep, deterministic: !c.nondeterministic },
+    ...{
+      model,
+      tokens: c.tokens,
+      layersPerSegment: c.layersPerSegment,
+      keep: c.keep,
+      deterministic: !c.nondeterministic,
+      profile: c.profile,
+    },
     ...sizes,
+    budgets: budgetsFor(model, c, wholeLogitsBytes, stillToTake),
   };
 }
 
-/** The plan alone: nothing is taken. */
+/** Whether a plan can be made: nothing is taken. The caps of `c` must be in force (`applyCaps`). */
 export function fits(model: CausalLM, c: StepCase): boolean {
-  return sizesOf(model, c).wholeLogitsBytes < memInfo(model.device).totalBytes && planStep(reserveOptions(model, c, false)).fits;
+  try {
+    return planStep(reserveOptions(model, c, true)).fits;
+  } catch (error) {
+    if (!isShort(error)) throw error;
+    return false;
+  }
 }
 
-/** A case's memory, held until disposed. */
+/** A case's memory, held until disposed. The caps of `c` must be in force (`applyCaps`). */
 export class PreparedStep implements Disposable {
   readonly reservation: Reservation;
   readonly warnings: string[] = [];
@@ -99,13 +127,9 @@ export class PreparedStep implements Disposable {
   ) {
     const from = performance.now();
     try {
-      const { wholeLogitsBytes } = sizesOf(model, c);
-      if (wholeLogitsBytes > 0) {
-        // Filled, so that the memory is really there; our kernel writes the gradient over the logits and needs no second array.
-        fill(this.scope.own(empty([wholeLogitsBytes], { dtype: 'u8', device: model.device, label: 'whole logits' })), 0);
-      }
+      this.takeWholeLogits();
       this.reservation = this.scope.own(
-        reserveStep({ ...reserveOptions(model, c, true), onWarning: (message) => this.warnings.push(message) }),
+        reserveStep({ ...reserveOptions(model, c, false), onWarning: (message) => this.warnings.push(message) }),
       );
     } catch (error) {
       this.scope.dispose();
@@ -114,14 +138,30 @@ export class PreparedStep implements Disposable {
     this.reserveSeconds = (performance.now() - from) / 1000;
   }
 
+  /** Filled, so that the memory is really there. Our kernel writes the gradient over the logits; plain PyTorch's second array is only held. */
+  private takeWholeLogits(): void {
+    const { model, c } = this;
+    const { wholeLogitsBytes: bytes } = sizesOf(model, c);
+    if (bytes === 0) return;
+    const plan = planStep(reserveOptions(model, c, true));
+    if (!plan.fits) {
+      const what = `${c.tokens} tokens do not fit beside ${gibibytes(bytes)} of f32 logits and their gradient`;
+      throw new LcError('ERR_LC_PLAN', `${what}: ${plan.reasons.join('; ')}`);
+    }
+    fill(this.scope.own(empty([bytes], { dtype: 'u8', device: model.device, label: 'whole logits' })), 0);
+  }
+
   /** One pass through forward, loss and backward: gradients are added up. */
-  async step(tokens: number, onPhase?: (phase: string, layer: number, share: number) => void, signal?: AbortSignal): Promise<SequenceLoss> {
+  async step(tokens: number, onProgress?: (text: string) => void, signal?: AbortSignal): Promise<SequenceLoss> {
     const { model, c, reservation } = this;
     model.setTile(reservation.plan.tile); // another case may have changed it
     return reservation.session.step(sequenceOf(model, tokens), {
       ...(c.probe ? { layers: Math.min(PROBE_LAYERS, model.layers.length) } : {}),
       signal,
-      onProgress: ({ phase, layer, done, total }) => onPhase?.(phase, layer, done / total),
+      onProgress: ({ phase, layer, done, total }) => {
+        const share = ((100 * done) / total).toFixed(0);
+        onProgress?.(`${phase}${layer < 0 ? '' : `, layer ${layer}`}, ${share}% of the pass`);
+      },
     });
   }
 
@@ -138,17 +178,13 @@ export class PreparedStep implements Disposable {
   }
 }
 
-const usedOn = (device: string): number => {
-  const { freeBytes, totalBytes } = memInfo(device as 'cuda');
-  return totalBytes - freeBytes;
-};
-
 /** A warm-up of at most 1,024 tokens, then the timed step: forward, loss, backward, clip, AdamW. Device and host memory are given back. */
 export async function runStep(model: CausalLM, c: StepCase, io: StepIo): Promise<StepResult> {
   const base = { tokens: c.tokens, name: nameOf(c), without: c.without, probe: c.probe ?? false };
   let prepared: PreparedStep | undefined;
   try {
-    prepared = new PreparedStep(model, c);
+    applyCaps(model.device, c);
+    prepared = new PreparedStep(model, { ...c, profile: true });
     return { ...base, ...(await measure(prepared, io)) };
   } catch (error) {
     if (!isShort(error)) throw error;
@@ -166,78 +202,64 @@ async function measure(
   { optimizer, onProgress, signal }: StepIo,
 ): Promise<Omit<StepResult, 'tokens' | 'name' | 'without' | 'probe'>> {
   const { model, c, reservation } = prepared;
-  const { plan, workspace } = reservation;
+  const { plan, session } = reservation;
   const onGpu = model.device.startsWith('cuda');
   optimizer.zeroGrad();
-  await prepared.step(Math.min(c.tokens, 1024));
+  await prepared.step(Math.min(c.tokens, 1024), undefined, signal);
   optimizer.zeroGrad();
+  await session.schedule.profile();
   await prepared.sync();
   resetPeak();
 
-  let driverPeak = onGpu ? usedOn(model.device) : 0;
-  let lastLook = 0;
-  using clock = new PhaseClock(workspace.stream, onGpu);
   const from = performance.now();
-  clock.start();
-  const { loss } = await prepared.step(
-    c.tokens,
-    (phase, layer, share) => {
-      clock.mark(phase);
-      const now = performance.now();
-      if (now - lastLook < 100) return;
-      lastLook = now;
-      if (onGpu) driverPeak = Math.max(driverPeak, usedOn(model.device));
-      onProgress?.(
-        `${phase}${layer < 0 ? '' : `, layer ${layer}`}, ${(100 * share).toFixed(0)}% of the pass, ${((now - from) / 1000).toFixed(0)} s`,
-      );
-    },
-    signal,
-  );
+  const since = (): number => (performance.now() - from) / 1000;
+  const { loss } = await prepared.step(c.tokens, (text) => onProgress?.(`${text}, ${since().toFixed(0)} s`), signal);
+  const stepped = since();
   const { gradNorm } = optimizer.step({ maxGradNorm: 1 });
-  clock.mark('clip and AdamW');
   await prepared.sync();
-  const seconds = (performance.now() - from) / 1000;
-  clock.finish();
-  if (onGpu) driverPeak = Math.max(driverPeak, usedOn(model.device));
-  const memory = deviceMemory(model.device);
+  const seconds = since();
+
+  const profile = Object.entries(await session.schedule.profile());
   const layers = c.probe ? Math.min(PROBE_LAYERS, model.layers.length) : model.layers.length;
   const flops = stepFlops(model.config, c.tokens, { layers, kept: plan.keep.layers });
+  const memory = deviceMemory(model.device);
+  const driver = processMemory(model.device);
   return {
     fits: true,
     ...{ layers, chunk: plan.chunk, tile: plan.tile, lossChunk: plan.lossChunk, layersPerSegment: plan.segment, kept: plan.keep.layers },
     ...{ reserveSeconds: prepared.reserveSeconds, seconds, tokensPerSecond: c.tokens / seconds, loss, gradNorm },
-    phases: clock.seconds,
+    phases: { ...Object.fromEntries(profile.map(([phase, { ms }]) => [phase, ms / 1000])), 'clip and AdamW': seconds - stepped },
+    copyWaitSeconds: profile.reduce((sum, [, { waitMs }]) => sum + waitMs / 1000, 0),
     dequantization: await dequantization(prepared, layers),
     ...(onGpu ? { floorSeconds: flops.floorSeconds, overFloor: seconds / flops.floorSeconds } : {}),
     tflops: flops.step / seconds / 1e12,
     vram: {
-      driverPeakBytes: onGpu ? driverPeak : null,
+      driverPeakBytes: onGpu ? driver.peakBytes : null,
+      driverSource: driver.source,
       allocatorPeakBytes: memory.peakBytes,
       byLabel: Object.fromEntries(Object.entries(memory.byLabel).map(([label, { peakBytes }]) => [label, peakBytes])),
     },
-    hostBytes: {
-      checkpoints: plan.checkpoints.hostBytes + plan.keep.hostBytes,
-      peak: deviceMemory('host').peakBytes,
-    },
+    hostBytes: { checkpoints: plan.checkpoints.hostBytes + plan.keep.hostBytes, peak: deviceMemory('host').peakBytes },
     checkpoints: plan.checkpoints,
+    attempts: reservation.attempts.length,
     ...(prepared.warnings.length > 0 ? { warnings: prepared.warnings } : {}),
   };
 }
 
-/** Opening a layer dequantizes its weights and does little else. */
-async function dequantization({ model, reservation }: PreparedStep, layers: number): Promise<StepResult['dequantization']> {
+/** Opening a layer forward dequantizes its weights and launches nothing else. */
+async function dequantization(
+  { model, reservation }: PreparedStep,
+  layers: number,
+): Promise<{ layerMs: number; passes: number; seconds: number }> {
   const [layer] = model.layers;
-  if (!layer) return undefined;
   const { workspace, plan } = reservation;
   using clock = new Clock(model.device);
-  const layerMs = await clock.time(
-    () => {
-      const mark = workspace.mark();
-      layer.close(layer.open(1, 'forward', workspace));
-      workspace.reset(mark);
-    },
-    { rounds: 3 },
-  );
+  const open = (): void => {
+    const mark = workspace.mark();
+    if (layer) layer.close(layer.open(1, 'forward', workspace));
+    workspace.reset(mark);
+  };
+  const layerMs = await clock.time(open, { rounds: 3 });
   const again = plan.segment > 1 ? layers - Math.ceil(layers / plan.segment) : 0; // recomputed inside segments
   const passes = 2 * layers + again;
   return { layerMs, passes, seconds: (layerMs * passes) / 1000 };
