@@ -12,7 +12,7 @@ const BLOCK = 1 << 20;
 
 /** `out` = random values, the same for a seed: any bytes in u8, else normal numbers of the given deviation. A pattern of 2^20 values is repeated: it is for benches. */
 export function fillRandom(out: Tensor, options: { seed?: number; std?: number } = {}): void {
-  using block = randomBlock(out.dtype, options.seed ?? 12345, options.std ?? 0.02);
+  using block = randomBlock(out.dtype, options.seed ?? 12345, options.std ?? 0.02, Math.min(BLOCK, out.numel));
   repeat(out, block);
 }
 
@@ -24,9 +24,9 @@ function repeat(out: Tensor, block: Tensor): void {
   }
 }
 
-/** [2^20] on the CPU. */
-function randomBlock(dtype: DType, seed: number, std: number): Tensor {
-  const block = empty([BLOCK], { dtype, label: 'random' });
+/** [size] on the CPU. */
+function randomBlock(dtype: DType, seed: number, std: number, size = BLOCK): Tensor {
+  const block = empty([size], { dtype, label: 'random' });
   let state = seed >>> 0;
   const next = (): number => {
     state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
@@ -34,12 +34,12 @@ function randomBlock(dtype: DType, seed: number, std: number): Tensor {
   };
   if (dtype === 'u8') {
     const bytes = block.data<Uint8Array>();
-    for (let i = 0; i < BLOCK; i++) bytes[i] = next() * 256;
+    for (let i = 0; i < size; i++) bytes[i] = next() * 256;
     return block;
   }
-  using wide = empty([BLOCK], { label: 'random' });
+  using wide = empty([size], { label: 'random' });
   const values = wide.data();
-  for (let i = 0; i < BLOCK; i++) values[i] = std * Math.sqrt(-2 * Math.log(1 - next())) * Math.cos(2 * Math.PI * next());
+  for (let i = 0; i < size; i++) values[i] = std * Math.sqrt(-2 * Math.log(1 - next())) * Math.cos(2 * Math.PI * next());
   copy(block, wide);
   return block;
 }

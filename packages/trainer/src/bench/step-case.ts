@@ -24,6 +24,8 @@ export interface StepCase {
   /** Bytes of device memory, and of host memory, that may be taken. */
   vram?: number | undefined;
   ram?: number | undefined;
+  /** Time phases and waits for copies. */
+  profile?: boolean | undefined;
   /** Execute two layers in the memory of all. */
   probe?: boolean | undefined;
 }

@@ -2,6 +2,7 @@
 import { type CausalLM, fillRandom } from '@lc/models';
 import { copy, empty } from '@lc/tensor';
 import { median } from './clock.js';
+import { applyCaps } from './memory-caps.js';
 import type { Optimization, StepCase } from './step-case.js';
 import { isShort, PreparedStep, type StepIo } from './step-run.js';
 
@@ -28,6 +29,7 @@ export async function compare(model: CausalLM, c: StepCase, what: Optimization, 
   const base = { tokens: c.tokens, what };
   const kept = c.host ? c.without : [...new Set<Optimization>([...c.without, 'offload'])];
   const held: PreparedStep[] = [];
+  applyCaps(model.device, c);
   try {
     const withIt = new PreparedStep(model, what === 'offload' ? { ...c, host: true } : { ...c, without: kept });
     held.push(withIt);
@@ -78,12 +80,13 @@ export interface ChunkCheck {
 /** Loss and gradients at two chunk sizes, from the same parameters. @throws ERR_LC_PLAN, ERR_LC_OUT_OF_MEMORY */
 export async function checkChunk(model: CausalLM, c: StepCase, other: number, io: StepIo): Promise<ChunkCheck> {
   const run = async (chunk: number | undefined): Promise<{ chunk: number; loss: number; gradients: Map<string, Float32Array> }> => {
+    applyCaps(model.device, c);
     const prepared = new PreparedStep(model, { ...c, chunk });
     try {
       io.optimizer.zeroGrad();
       const { loss } = await prepared.step(
         c.tokens,
-        (phase, layer) => io.onProgress?.(`chunks of ${prepared.reservation.plan.chunk}: ${phase}, layer ${layer}`),
+        (text) => io.onProgress?.(`chunks of ${prepared.reservation.plan.chunk}: ${text}`),
         io.signal,
       );
       await prepared.sync();

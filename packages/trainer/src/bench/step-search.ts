@@ -1,5 +1,6 @@
 /** The longest sequence that fits a case: bisection over plans, which take no memory; then the candidate is reserved for all layers and two of them are executed. */
 import type { CausalLM } from '@lc/models';
+import { applyCaps } from './memory-caps.js';
 import type { StepCase } from './step-case.js';
 import { fits, runStep, type StepIo, type StepResult } from './step-run.js';
 
@@ -38,6 +39,7 @@ export function longestPlanned(model: CausalLM, c: Omit<StepCase, 'tokens'>, abo
 /** A length that turns out not to fit gives way to one 2% shorter, eight times at most. */
 export async function search(model: CausalLM, c: Omit<StepCase, 'tokens'>, io: StepIo): Promise<SearchResult> {
   const refused: number[] = [];
+  applyCaps(model.device, c);
   let tokens = longestPlanned(model, c);
   for (let attempt = 0; tokens > 0 && attempt < 9; attempt++) {
     io.onProgress?.(`${tokens} tokens`);

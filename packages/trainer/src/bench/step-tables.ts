@@ -46,12 +46,14 @@ export function phaseTable(rows: readonly Row[]): Table {
       return seconds === undefined ? '' : `${seconds.toFixed(2)} s`;
     };
   return {
-    title: 'Device time by phase (input, forward, loss, fill, backward and optimizer follow each other; recomputation only with segments)',
+    title: "Device time by phase ('open': dequantization, and zeroing dK and dV, before a layer's first chunk; 'fill': K and V again)",
     columns: [
       ['tokens', tokens],
-      ...['input', 'forward', 'loss', 'recompute', 'fill', 'backward', 'clip and AdamW'].map((name) => [name, phase(name)] as const),
-      ['of it dequantization', (r) => (r.dequantization ? `${(r.dequantization as { seconds: number }).seconds.toFixed(3)} s` : '')],
-      ['waiting for copies', fixed('copyWaitSeconds', 3, ' s')],
+      ...['input', 'open', 'forward', 'loss', 'recompute', 'fill', 'backward', 'clip and AdamW'].map(
+        (name) => [name, phase(name)] as const,
+      ),
+      ['dequantization alone', (r) => (r.dequantization ? `${(r.dequantization as { seconds: number }).seconds.toFixed(3)} s` : '')],
+      ['waiting for copies (not hidden)', fixed('copyWaitSeconds', 3, ' s')],
       ['reserving before', fixed('reserveSeconds', 2, ' s')],
       [
         'VRAM by label',
