@@ -3,7 +3,7 @@ import { expectNoLeaks } from '@lc/tensor/testing';
 import { expect, it } from 'vitest';
 import { readReference } from '../parity/reference.js';
 import { compare } from './parity-peer.js';
-import { type RunErrors, runReference } from './parity-run.js';
+import { conditionOf, type RunErrors, runReference } from './parity-run.js';
 import { flipped } from './routing.js';
 
 expectNoLeaks();
@@ -25,6 +25,13 @@ it.each(['qwen3-moe', 'gpt-oss-expert-lora'])('%s: a run told the experts that i
   const moved = await runReference(reference, 'cpu', [{ ...first, ids }, ...rest]);
   expect(flipped(moved.tiles, run.tiles)).toEqual({ flipped: 1, routed: expect.any(Number) });
   expect(Math.max(...Object.values(moved.gradients))).toBeGreaterThan(1e-4);
+});
+
+it('measures how much a model magnifies noise', async () => {
+  const [calm, wild] = [await conditionOf(await readReference('qwen3-rslora')), await conditionOf(await readReference('gpt-oss'))];
+  expect(calm).toBeGreaterThan(2);
+  expect(calm).toBeLessThan(8);
+  expect(wild).toBeGreaterThan(3 * calm);
 });
 
 it('passes what is within twice the peer, gradient by gradient and in median and worst loss', () => {

@@ -5,7 +5,7 @@
  */
 import { writeFileSync } from 'node:fs';
 import { ALLOWED, compare, median, readPeer, worst } from './parity-peer.js';
-import { type Run, runReference } from './parity-run.js';
+import { conditionOf, type Run, runReference } from './parity-run.js';
 import { flipped } from './routing.js';
 
 const e = (v: number): string => v.toExponential(1);
@@ -15,6 +15,8 @@ export interface ParityOptions {
   peer?: string | undefined;
   /** Ours, in the same form. */
   out?: string | undefined;
+  /** Print how much each model magnifies noise (see `conditionOf`), and the error per unit of it. */
+  condition?: boolean | undefined;
 }
 
 interface Ours {
@@ -57,6 +59,16 @@ export async function gpuParity(folder: string, options: ParityOptions = {}): Pr
     row(name, bf16, flips ? `${flips.flipped} of ${flips.routed}` : '');
     if (forced) row(`${name}, f32's routing`, forced, 'none');
     for (const run of forced ? [bf16, forced] : [bf16]) fine &&= run.sameBits && Object.values(run.gradients).every(Number.isFinite);
+  }
+  if (options.condition) {
+    const { readReference } = await import('../parity/reference.js');
+    console.log(
+      `\n| model | magnifies noise on the embedding by | median gradient error / that, f32's routing where there are experts |\n|---|---|---|`,
+    );
+    for (const [name, { bf16, forced }] of all) {
+      const condition = await conditionOf(await readReference(name));
+      console.log(`| ${name} | ${condition.toFixed(1)} | ${e(median(Object.values((forced ?? bf16).gradients)) / condition)} |`);
+    }
   }
   if (options.out)
     writeFileSync(options.out, `${JSON.stringify(Object.fromEntries(all), (key, value) => (/iles$/.test(key) ? undefined : value), 1)}\n`);
