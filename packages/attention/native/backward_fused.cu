@@ -19,6 +19,7 @@ struct Fused {
   static constexpr bool EVEN = EVEN_ && THREADS % CHUNKS == 0 && STEP % 8 == 0 && BM % STEP == 0;
   static constexpr int KEYS = BN * HD * 2, TILE = BM * HD * 2, DS = BN * BM * 2, SMEM = 2 * KEYS + 4 * TILE + 2 * DS + 2 * BM * 12;
   static_assert(BM <= THREADS && MQ * WM * 16 == BM && NQ * WN * 8 == HD && NQ % 2 == 0, "tiles");
+  static_assert(SMEM <= kSharedEverywhere, "shared memory");
 };
 
 /* 4 bytes; zero unless `valid`. */

@@ -5,6 +5,7 @@
 
 #include "cuda_kernels.h"
 #include "lctx/cuda_glue.h"
+#include "lctx/shared_memory.h"
 
 namespace attention::cuda {
 namespace {
@@ -43,6 +44,15 @@ T* needed(const Args& a, const char* key, int32_t dtype, int64_t count, const Vi
   T* found = list<T>(a, key, dtype, count, like);
   require(a, found != nullptr, "ERR_LC_ARGUMENT", std::string(key) + " is required");
   return found;
+}
+
+void launched(const Args& a, int error) {
+  if (error != cudaSuccess && lctx::cuda::shared_memory_limit() < kSharedEverywhere) {
+    cudaGetLastError();
+    a.fail("ERR_LC_CUDA", "a block may take " + std::to_string(lctx::cuda::shared_memory_limit()) + " bytes of shared memory here, and attention's kernels take up to " +
+                              std::to_string(kSharedEverywhere) + "; if LCTX_SMEM_LIMIT is set, set it to 99KiB or more");
+  }
+  lctx::cuda_must(a, error);
 }
 
 Problem problem(const Args& a, const View& q) {
@@ -84,7 +94,7 @@ void forward(const Args& a) {
   f.out = out.data, f.out_stride = out.row_stride();
   f.lse = needed<float>(a, "lse", LCTX_F32, q.shape[0] * q.shape[1], q);
   const cudaStream_t stream = lctx::cuda_stream(a, q);
-  lctx::cuda_must(a, forward(f, stream));
+  launched(a, forward(f, stream));
 }
 
 void backward(const Args& a) {
@@ -108,7 +118,7 @@ void backward(const Args& a) {
   if (b.dsinks) b.sink_partial = needed<float>(a, "partial", LCTX_F32, kSinkParts * q.shape[1], q);
   if (const int64_t floats = backward_fused_floats(b.p)) b.dq_sum = list<float>(a, "dqSum", LCTX_F32, floats, q);
   const cudaStream_t stream = lctx::cuda_stream(a, q);
-  lctx::cuda_must(a, backward(b, stream));
+  launched(a, backward(b, stream));
 }
 
 void rope(const Args& a) {

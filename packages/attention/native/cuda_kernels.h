@@ -8,6 +8,8 @@ namespace attention::cuda {
 constexpr int kMaxDim = 256;       /* larger head dims need other tiles */
 constexpr int kMaxRopePairs = 128; /* frequencies travel as kernel arguments */
 constexpr int kSinkParts = 128;    /* partial sums of dSinks */
+/* Shared memory that a block may take on every card of compute capability 8.0 and up: 8.6, 8.9 and 12.0 have no more. */
+constexpr int kSharedEverywhere = 99 << 10;
 
 struct Problem {
   const void *q, *k, *v; /* bf16, 16-byte aligned rows */

@@ -16,8 +16,6 @@ namespace attention::cuda {
 
 using bf16 = __nv_bfloat16;
 using lctx::cuda::allow_shared_memory;
-/* What a block may take on every card of compute capability 8.0 and up (8.6, 8.9 and 12.0 have no more). */
-constexpr int kSharedEverywhere = 99 << 10;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.69314718055994531f;
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
