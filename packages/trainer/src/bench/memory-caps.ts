@@ -1,8 +1,8 @@
 /** Caps of a case, and a clean slate before it: what an earlier case took must not count as this one's. */
-import { type Device, processMemory, setRamLimit, setVramLimit } from '@lc/tensor';
+import { type DeviceLike, processMemory, setRamLimit, setVramLimit } from '@lc/tensor';
 
 /** On a GPU the allocator holds the caps (context and libraries count), and gives the driver back what it holds unused. On the CPU plans hold them. */
-export function applyCaps(device: Device, { vram, ram }: { vram?: number | undefined; ram?: number | undefined }): void {
+export function applyCaps(device: DeviceLike, { vram, ram }: { vram?: number | undefined; ram?: number | undefined }): void {
   if (!device.startsWith('cuda')) return;
   giveBackUnused(device);
   setVramLimit(device, vram ?? null);
@@ -10,7 +10,7 @@ export function applyCaps(device: Device, { vram, ram }: { vram?: number | undef
 }
 
 /** A limit below what the pool holds makes it give back what is free in it; where that does not suffice the limit is refused, and the memory is back all the same. */
-function giveBackUnused(device: Device): void {
+function giveBackUnused(device: DeviceLike): void {
   const { bytes, poolBytes, poolUsedBytes } = processMemory(device);
   try {
     setVramLimit(device, Math.max(1, bytes - (poolBytes - poolUsedBytes)));

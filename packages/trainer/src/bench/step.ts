@@ -1,19 +1,18 @@
 /** `lc bench step`: training steps of a model with random weights, its real dimensions and its real formats. The weights are made once for all runs of a command. */
 import { type CausalLM, syntheticModel } from '@lc/models';
 import { AdamW } from '@lc/qlora';
-import { type DeviceLike, defaultStream, deviceMemory, Scope } from '@lc/tensor';
+import { type DeviceLike, defaultStream, deviceMemory, LcError, Scope } from '@lc/tensor';
 import { stepFlops } from './flops.js';
+import { applyCaps } from './memory-caps.js';
 import { count, gibibytes, newReport, type OutputOptions, type Report, type Row, save } from './report.js';
 import { type Optimization, optimizations, type StepCase } from './step-case.js';
 import { type CompareResult, checkChunk, compare, randomizeLoraB } from './step-compare.js';
-import { runStep, type StepIo, type StepResult } from './step-run.js';
+import { isShort, runStep, type StepIo, type StepResult } from './step-run.js';
 import { search } from './step-search.js';
 import { checkTable, compareTable, phaseTable, stepTable, table1 as table1Table } from './step-tables.js';
 import { Ticker } from './ticker.js';
 
-export interface StepBenchOptions extends OutputOptions {
-  model: string;
-  layers?: number | undefined;
+export interface StepBenchOptions extends Omit<BuildOptions, 'vram' | 'ram'> {
   tokens: readonly number[];
   /** All that a case has but its length. */
   shared: Omit<StepCase, 'tokens'>;
@@ -23,6 +22,13 @@ export interface StepBenchOptions extends OutputOptions {
   rounds?: number | undefined;
   /** A second chunk size, whose loss and gradients must agree. */
   checkChunk?: number | undefined;
+}
+
+interface BuildOptions extends OutputOptions {
+  model: string;
+  layers?: number | undefined;
+  vram?: number | undefined;
+  ram?: number | undefined;
   signal?: AbortSignal | undefined;
 }
 
@@ -33,11 +39,8 @@ interface Bench extends Disposable {
   ticker: Ticker;
 }
 
-async function build(
-  name: string,
-  device: DeviceLike,
-  o: { model: string; layers?: number | undefined; signal?: AbortSignal | undefined } & OutputOptions,
-): Promise<Bench> {
+/** @throws ERR_LC_PLAN where the weights alone do not fit */
+async function build(name: string, device: DeviceLike, o: BuildOptions): Promise<Bench> {
   const scope = new Scope();
   try {
     const report = newReport(name, device);
@@ -48,6 +51,7 @@ async function build(
       }),
     );
     const from = performance.now();
+    applyCaps(device, o);
     ticker.tell(`making weights of ${o.model}`);
     const model = scope.own(
       await syntheticModel(o.model, {
@@ -75,13 +79,14 @@ async function build(
     return { model, report, io, ticker, [Symbol.dispose]: () => scope.dispose() };
   } catch (error) {
     scope.dispose();
-    throw error;
+    if (!isShort(error)) throw error;
+    throw new LcError('ERR_LC_PLAN', `the weights of ${o.model} do not fit: ${error.message}`, { cause: error });
   }
 }
 
 /** @returns whether everything fitted */
 export async function benchStep(device: DeviceLike, o: StepBenchOptions): Promise<{ report: Report; fits: boolean }> {
-  using bench = await build('step', device, o);
+  using bench = await build('step', device, { ...o, vram: o.shared.vram, ram: o.shared.ram });
   const { model, report, io, ticker } = bench;
   const rows: Row[] = [];
   let fits = true;
@@ -113,12 +118,8 @@ export async function benchStep(device: DeviceLike, o: StepBenchOptions): Promis
   return { report, fits };
 }
 
-export interface Table1Options extends OutputOptions {
-  model: string;
-  layers?: number | undefined;
+export interface Table1Options extends BuildOptions {
   tokens: number;
-  vram?: number | undefined;
-  ram?: number | undefined;
   chunk?: number | undefined;
   tile?: number | undefined;
   lossChunk?: number | undefined;
@@ -126,7 +127,6 @@ export interface Table1Options extends OutputOptions {
   rows?: readonly number[] | undefined;
   /** Search the longest lengths. */
   search: boolean;
-  signal?: AbortSignal | undefined;
 }
 
 /** Row by row one more optimization: none, + chunked-ce, + offload-ckpt, + tiled-mlp, + chunks. */
