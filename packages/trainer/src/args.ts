@@ -46,6 +46,8 @@ const schema = z.strictObject({
   checkpointDeviceBytes: z.number().int().nonnegative().optional(),
   /** Tokens of an MLP tile; default from the plan. */
   tile: count.optional(),
+  /** Full-attention layers whose attention output is kept for backward: more memory, less time, the same bits; 'auto': as many as fit. */
+  keep: z.union([z.number().int().nonnegative(), z.literal('auto')]).default('auto'),
   /** Layers per gradient checkpoint; 'auto': as few as fit. */
   layersPerSegment: z.union([count, z.literal('auto')]).default(1),
   /** Longest sequence, for the plan; default the model's maxSeqLength. */

@@ -1,14 +1,14 @@
 /** What a run holds: one plan's memory, the session that adds gradients, and the optimizer with its file. */
 import { join } from 'node:path';
 import type { PackedSequence } from '@lc/data';
-import type { TrainingSession } from '@lc/models';
 import { AdamW } from '@lc/qlora';
 import { deviceMemory, fromTypedArray, Scope } from '@lc/tensor';
 import { openSafetensors, writeSafetensors } from '@lc/tensor/safetensors';
 import type { ResolvedSFTConfig } from './args.js';
 import type { PlanEvent } from './events.js';
 import type { LanguageModel } from './fast-language-model.js';
-import { reserveStep } from './reserve.js';
+import type { Limits } from './reserve.js';
+import { StepMemory } from './step-memory.js';
 
 export interface EngineStepOptions {
   /** Supervised tokens of the whole optimizer step. */
@@ -22,13 +22,16 @@ const OPTIMIZER_FILE = 'optimizer.safetensors';
 
 export class TrainingEngine implements Disposable {
   readonly optimizer: AdamW;
-  readonly plan: Omit<PlanEvent, 'type' | 'totalSteps' | 'trainableParameters'>;
-  private readonly session: TrainingSession;
+  private readonly memory: StepMemory;
+  private readonly model: LanguageModel;
+  /** What lay on the device before a step's memory. */
+  private readonly before: number;
   private readonly scope = new Scope();
 
   /** @throws ERR_LC_PLAN when it does not fit (the budget and the longest length that does are named), ERR_LC_OUT_OF_MEMORY */
   constructor(model: LanguageModel, args: ResolvedSFTConfig, onWarning: (message: string) => void = () => {}) {
     const tokens = args.maxSeqLength ?? model.maxSeqLength;
+    this.model = model;
     try {
       this.optimizer = this.scope.own(
         new AdamW(model.parameters, {
@@ -39,25 +42,37 @@ export class TrainingEngine implements Disposable {
           optimBits: args.optim === 'adamw_8bit' ? 8 : 32,
         }),
       );
-      const before = deviceMemory(model.device).liveBytes;
-      const reservation = this.scope.own(
-        reserveStep({
+      this.before = deviceMemory(model.device).liveBytes;
+      this.memory = this.scope.own(
+        new StepMemory({
           ...{ model: model.inner, tokens, chunk: args.chunk, tile: args.tile ?? model.tile, lossChunk: args.lossChunk, onWarning },
           ...{ vramLimit: args.vramLimit, ramLimit: args.ramLimit, layersPerSegment: args.layersPerSegment },
-          ...{ checkpointDeviceBytes: args.checkpointDeviceBytes, deterministic: args.deterministic },
+          ...{ checkpointDeviceBytes: args.checkpointDeviceBytes, keep: args.keep },
         }),
       );
-      this.session = reservation.session;
-      const { plan: p } = reservation;
-      this.plan = {
-        ...{ device: model.device, tokens, chunk: p.chunk, tile: p.tile, lossChunk: p.lossChunk },
-        predictedDeviceBytes: p.predictedPeak.device + before,
-        predictedHostBytes: p.predictedPeak.host,
-      };
     } catch (error) {
       this.scope.dispose();
       throw error;
     }
+  }
+
+  get plan(): Omit<PlanEvent, 'type' | 'totalSteps' | 'trainableParameters'> {
+    const { plan: p } = this.memory;
+    return {
+      ...{ device: this.model.device, tokens: p.tokens, chunk: p.chunk, tile: p.tile, lossChunk: p.lossChunk },
+      predictedDeviceBytes: p.predictedPeak.device + this.before,
+      predictedHostBytes: p.predictedPeak.host,
+    };
+  }
+
+  /** New limits, from the next step on. */
+  setLimits(limits: Limits): void {
+    this.memory.setLimits(limits);
+  }
+
+  /** Before a step over sequences of at most `tokens`: why the plan was made again, or null. @throws as the constructor */
+  async prepare(tokens: number): Promise<string | null> {
+    return this.memory.prepare(Math.min(tokens, this.model.maxSeqLength)); // beyond it the session refuses
   }
 
   /** Adds a sequence's gradients; its share of the step's loss, or undefined when aborted. */
@@ -66,7 +81,7 @@ export class TrainingEngine implements Disposable {
     // Backward costs about as much as two forwards and their recomputation.
     const share = { forward: [0, 0.25], loss: [0.25, 0.3], backward: [0.3, 1] } as const;
     try {
-      const { loss } = await this.session.step(sequence, {
+      const { loss } = await this.memory.session.step(sequence, {
         numTokens,
         dropoutSeed,
         signal,
@@ -85,7 +100,7 @@ export class TrainingEngine implements Disposable {
 
   /** Mean loss of a sequence. */
   async evaluate(sequence: PackedSequence): Promise<number> {
-    return (await this.session.evaluate(sequence)).loss;
+    return (await this.memory.session.evaluate(sequence)).loss;
   }
 
   async saveOptimizer(folder: string): Promise<void> {

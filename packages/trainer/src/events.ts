@@ -10,6 +10,8 @@ export interface PlanEvent {
   predictedHostBytes: number;
   trainableParameters: number;
   totalSteps: number;
+  /** Why the plan was made again; absent for a run's first. */
+  reason?: string;
 }
 export interface ProgressEvent {
   /** Inside a step: how far it is, 0..1. */

@@ -6,7 +6,16 @@ export type { EndEvent, EvalEvent, PlanEvent, ProgressEvent, SaveEvent, StepEven
 export { FastLanguageModel, type FromPretrainedOptions, LanguageModel, type PeftOptions } from './fast-language-model.js';
 export { formatTrainableTable, type TrainableRow, trainableTable } from './gradients.js';
 export { loraOf, shapeOf } from './model-shape.js';
-export { type Attempt, type Budget, type Reservation, type ReserveOptions, reserveStep } from './reserve.js';
+export {
+  type Attempt,
+  type Budget,
+  type Budgets,
+  type Limits,
+  planStep,
+  type Reservation,
+  type ReserveOptions,
+  reserveStep,
+} from './reserve.js';
 export { learningRateAt } from './schedule.js';
 export {
   type EvalDataset,
@@ -17,3 +26,4 @@ export {
   type TrainOutput,
 } from './sft-trainer.js';
 export { completeCheckpoints } from './state.js';
+export { StepMemory } from './step-memory.js';

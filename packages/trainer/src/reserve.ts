@@ -66,7 +66,7 @@ export interface ReserveOptions {
   /** Told once about memory that is not pinned, and about a workspace that the plan made too small. */
   onWarning?: ((message: string) => void) | undefined;
   /** What is free, in bytes. For tests; default: measured, less a margin. */
-  budgets?: Budgets | undefined;
+  budgets?: Budgets | (() => Budgets) | undefined;
 }
 
 export interface Attempt {
@@ -112,6 +112,10 @@ export function measureBudgets(device: Device, { vramLimit, ramLimit }: Limits =
   return { vram: Math.max(0, freeBytes - Math.max(256 << 20, freeBytes * 0.01)), ram };
 }
 
+/** What a plan may count on now. */
+export const budgetsOf = (o: ReserveOptions): Budgets =>
+  typeof o.budgets === 'function' ? o.budgets() : (o.budgets ?? measureBudgets(o.model.device, o));
+
 function planOptions(o: ReserveOptions, device: Device, budgets: Budgets): PlanOptions {
   const { model } = o;
   const onGpu = device.startsWith('cuda');
@@ -150,7 +154,7 @@ const budgetOf = (error: Error): Budget => (/ on cuda:\d+|VRAM/.test(error.messa
 
 /** What `reserveStep` would begin with, from what is free now: nothing is taken. @throws ERR_LC_ARGUMENT */
 export function planStep(o: ReserveOptions): Plan {
-  return plan(planOptions(o, o.model.device, o.budgets ?? measureBudgets(o.model.device, o)));
+  return plan(planOptions(o, o.model.device, budgetsOf(o)));
 }
 
 /**
@@ -166,7 +170,7 @@ export function reserveStep(o: ReserveOptions): Reservation {
   const { device } = model;
   const attempts: Attempt[] = [];
   applyLimits(device, o);
-  const budgets = { ...(o.budgets ?? measureBudgets(device, o)) };
+  const budgets = { ...budgetsOf(o) };
   for (;;) {
     const p = plan(planOptions(o, device, budgets));
     if (!p.fits) throw doesNotFit(o, p, attempts);

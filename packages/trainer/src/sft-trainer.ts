@@ -3,7 +3,7 @@
  *
  * Features: gradient accumulation that divides by the global count of supervised tokens; learning-rate schedules; clipping; evaluation; checkpoints written
  * atomically, resumed bit for bit on the CPU; abort between chunks; a stop on NaN that keeps the last good adapter; events for every step.
- * Costs: one plan's memory, reserved before the first step; see `plan` events.
+ * Costs: one plan's memory, reserved before the first step, and again when the longest sequence, the limits or free memory change; see `plan` events.
  * Raises: ERR_LC_CONFIG, ERR_LC_NOTHING_SUPERVISED, ERR_LC_NAN, ERR_LC_ADAPTER, ERR_LC_PLAN, ERR_LC_IO.
  */
 import { createHash } from 'node:crypto';
@@ -86,6 +86,14 @@ export class SFTTrainer implements Disposable {
     return this.planEvent(this.ready(), this.steps().totalSteps);
   }
 
+  /**
+   * New limits of device memory and RAM, in bytes (null: none), from the next step on; a plan that they do not hold is made again.
+   * A plan that then does not fit ends the run with ERR_LC_PLAN.
+   */
+  setLimits(limits: { vramLimit?: number | null; ramLimit?: number | null }): void {
+    this.ready().setLimits(limits);
+  }
+
   /** Trains to the end of the schedule, or until aborted. */
   async train(options: TrainOptions = {}): Promise<TrainOutput> {
     const { args } = this;
@@ -146,6 +154,7 @@ export class SFTTrainer implements Disposable {
     let supervisedTokens = 0;
     for (const sequence of dataset.epoch(0)) {
       if (sequence.supervised === 0) continue;
+      await this.prepare(engine, sequence.inputIds.length, this.steps().totalSteps);
       sum += (await engine.evaluate(sequence)) * sequence.supervised;
       supervisedTokens += sequence.supervised;
     }
@@ -181,6 +190,12 @@ export class SFTTrainer implements Disposable {
     return this.engine;
   }
 
+  /** Makes the plan again where the sequence, the limits or free memory ask for it, and tells so. */
+  private async prepare(engine: TrainingEngine, tokens: number, totalSteps: number): Promise<void> {
+    const reason = await engine.prepare(tokens);
+    if (reason) this.emit({ ...this.planEvent(engine, totalSteps), reason });
+  }
+
   /** One optimizer step; undefined when it was aborted: gradients are dropped, parameters unchanged. */
   private async step(
     engine: TrainingEngine,
@@ -205,6 +220,7 @@ export class SFTTrainer implements Disposable {
         `step ${step + 1}: all ${tokens} labels are ignored (-100), so there is nothing to learn; check the mask and the chat template`,
       );
     }
+    await this.prepare(engine, Math.max(...sequences.map((sequence) => sequence.inputIds.length)), run.totalSteps);
     engine.optimizer.zeroGrad();
     let loss = 0;
     for (const [i, sequence] of sequences.entries()) {
@@ -313,9 +329,10 @@ export class SFTTrainer implements Disposable {
       saveTotalLimit,
       vramLimit,
       ramLimit,
+      keep,
       ...fixed
     } = this.args;
-    void [evalSteps, saveSteps, saveTotalLimit, vramLimit, ramLimit];
+    void [evalSteps, saveSteps, saveTotalLimit, vramLimit, ramLimit, keep];
     const names = this.model.parameters.map((p) => `${p.name}[${p.value.shape.join(',')}]`);
     return createHash('sha256')
       .update(JSON.stringify({ ...fixed, totalSteps, names, sequences: this.data.length(0) }))

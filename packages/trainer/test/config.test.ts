@@ -64,6 +64,16 @@ describe('config', () => {
     expect(({} as { x?: number }).x).toBeUndefined();
   });
 
+  it('limits are bytes, with or without a unit', () => {
+    expect(parseConfig(base, 'c.yaml', ['vram_limit=24GiB', 'ram_limit=1000000', 'layers_per_segment=auto'])).toMatchObject({
+      vram_limit: 24 * 2 ** 30,
+      ram_limit: 1_000_000,
+      layers_per_segment: 'auto',
+    });
+    for (const bad of ['lots', '-5', '0GiB', '[1]']) expect(failure(base, [`vram_limit=${bad}`]).message).toMatch(/vram_limit: /);
+    expect(failure(base, ['vram_limit=lots']).message).toMatch(/expected bytes like 24GiB or 512MiB, got "lots"/);
+  });
+
   it('an alias bomb is refused', () => {
     const bomb = `a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c,*c,*c,*c,*c,*c,*c]\n`;
     expect(failure(bomb).code).toBe('ERR_LC_CONFIG');

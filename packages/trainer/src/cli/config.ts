@@ -6,9 +6,20 @@ import { isMap, isScalar, isSeq, LineCounter, type Node, type ParsedNode, parse,
 import { z } from 'zod';
 import { lrSchedulerTypes } from '../args.js';
 import { suggest } from '../suggest.js';
+import { parseBytes } from './exit.js';
 
 const count = z.number().int().positive();
 const fraction = z.number().min(0).lt(1);
+
+/** A number of bytes, or text like 24GiB. */
+const bytes = z.union([count, z.string()]).transform((value, context): number => {
+  try {
+    const number = typeof value === 'number' ? value : parseBytes('', value);
+    if (number > 0) return number;
+  } catch {}
+  context.addIssue({ code: 'custom', message: `expected bytes like 24GiB or 512MiB, got ${JSON.stringify(value)}` });
+  return z.NEVER;
+});
 
 const dataset = z.strictObject({
   /** A file or a folder of files, relative to the config file. */
@@ -71,14 +82,18 @@ const schema = z.strictObject({
   resume_from_checkpoint: z.string().min(1).optional(),
   auto_resume_from_checkpoints: z.boolean().default(false),
 
-  /** Not axolotl's: where to run, and the sizes that the plan chooses by default. */
+  /** Not axolotl's: where to run, what memory it may take, and the sizes that the plan chooses by default. */
   device: z
     .string()
     .regex(/^(cpu|cuda(:\d+)?)$/, "expected 'cpu', 'cuda' or 'cuda:N'")
     .default('cpu'),
+  /** All device memory that the process takes, CUDA context included, e.g. 24GiB; RAM that lc allocates. Default: what is free. */
+  vram_limit: bytes.optional(),
+  ram_limit: bytes.optional(),
   chunk_size: count.optional(),
   tile_size: count.optional(),
   loss_chunk_size: count.optional(),
+  layers_per_segment: z.union([count, z.literal('auto')]).optional(),
 });
 
 export type TrainConfig = z.output<typeof schema>;

@@ -13,8 +13,11 @@ interface PlanFlags {
   vram?: string;
   ram?: string;
   loraR: string;
+  layersPerSegment?: string;
   json?: boolean;
 }
+
+const segmentOf = (text: string): number | 'auto' => (text === 'auto' ? text : wholeNumber('--layers-per-segment', text, 1));
 
 export function planCommand(model: string, flags: PlanFlags): void {
   if (!existsSync(model)) throw new LcError('ERR_LC_MODEL', `${model}: no such folder or file; give a model folder, or its config.json`);
@@ -23,15 +26,15 @@ export function planCommand(model: string, flags: PlanFlags): void {
   if (flags.device !== 'cpu' && flags.device !== 'cuda')
     throw new LcError('ERR_LC_CONFIG', `--device: expected cpu or cuda, got '${flags.device}'`);
   const r = wholeNumber('--lora-r', flags.loraR, 1);
-  const qWidth = shape.numAttentionHeads * shape.headDim;
-  const kvWidth = shape.numKeyValueHeads * shape.headDim;
   let p: ReturnType<typeof plan>;
   try {
     p = plan({
       model: shape,
       tokens: wholeNumber('--tokens', flags.tokens, 1),
       device: flags.device,
-      trainableParameters: shape.numHiddenLayers * r * (2 * (shape.hiddenSize + qWidth) + 2 * (shape.hiddenSize + kvWidth)),
+      lora: { r, dropout: 0 },
+      keep: 'auto',
+      ...(flags.layersPerSegment ? { layersPerSegment: segmentOf(flags.layersPerSegment) } : {}),
       ...(flags.vram ? { vramBudget: parseBytes('--vram', flags.vram) } : {}),
       ...(flags.ram ? { ramBudget: parseBytes('--ram', flags.ram) } : {}),
     });
@@ -48,6 +51,7 @@ export function planCommand(model: string, flags: PlanFlags): void {
   const lines = [
     `${p.tokens} tokens on ${flags.device}: chunks of ${p.chunk}, MLP tiles of ${p.tile}, loss chunks of ${p.lossChunk}`,
     row('weights (4-bit base)', p.bytes.weights),
+    ...(p.bytes.context > 0 ? [row('context: CUDA, cuBLASLt, kernels', p.bytes.context)] : []),
     row('adapters, gradients, optimizer', p.bytes.adapters + p.bytes.optimizer),
     row('K, V, dK, dV of one layer', p.bytes.kv + p.bytes.dkv),
     row('one layer dequantized', p.bytes.dequantized),
@@ -56,6 +60,8 @@ export function planCommand(model: string, flags: PlanFlags): void {
     row('gradient of one layer', p.bytes.dx),
     row('gradient checkpoints on the device', p.checkpoints.deviceBytes),
     row('gradient checkpoints in host RAM', p.checkpoints.hostBytes),
+    row(`kept for backward (${p.keep.layers} layers), device`, p.keep.deviceBytes),
+    row(`kept for backward (${p.keep.layers} layers), RAM`, p.keep.hostBytes),
     row('peak on the device', p.predictedPeak.device),
     row('peak in host RAM', p.predictedPeak.host),
     p.fits

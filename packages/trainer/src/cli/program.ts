@@ -30,8 +30,9 @@ export function program(name = 'lc'): Command {
     .argument('<model>', 'model folder, or its config.json')
     .requiredOption('--tokens <n>', 'sequence length')
     .option('--device <device>', 'cpu or cuda', 'cpu')
-    .option('--vram <bytes>', 'device memory to plan for, e.g. 24GiB; default what is free')
+    .option('--vram <bytes>', 'device memory to plan for, CUDA context included, e.g. 24GiB; default what is free')
     .option('--ram <bytes>', 'host memory to plan for; default what is free')
+    .option('--layers-per-segment <n>', "layers per gradient checkpoint; 'auto': as few as fit")
     .option('--lora-r <r>', 'LoRA rank', '16')
     .option('--json', 'one JSON object on stdout')
     .action(planCommand);

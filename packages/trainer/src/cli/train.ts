@@ -47,6 +47,9 @@ function argsOf(c: TrainConfig): SFTConfig {
     saveTotalLimit: c.save_total_limit,
     chunk: c.chunk_size,
     lossChunk: c.loss_chunk_size,
+    layersPerSegment: c.layers_per_segment,
+    vramLimit: c.vram_limit,
+    ramLimit: c.ram_limit,
     maxSeqLength: c.sequence_len,
   });
 }
