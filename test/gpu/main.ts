@@ -23,7 +23,8 @@ lc.command('parity')
   .argument('<folder>', 'of reference models')
   .option('--peer <file>', "what test/gpu/peers/parity_bf16.py wrote: transformers' own bf16 run")
   .option('--out <file>', 'write our side there')
-  .action(async (folder: string, { peer, out }: { peer?: string; out?: string }) => exit(await gpuParity(folder, { peer, out })));
+  .option('--condition', 'print how much each model magnifies noise')
+  .action(async (folder: string, options: { peer?: string; out?: string; condition?: boolean }) => exit(await gpuParity(folder, options)));
 lc.command('quickstart')
   .description("the quickstart's fine-tune on the GPU")
   .argument('<model>', 'examples/quickstart/tiny-gpt-oss')
