@@ -47,7 +47,7 @@ export class TrainingEngine implements Disposable {
         new StepMemory({
           ...{ model: model.inner, tokens, chunk: args.chunk, tile: args.tile ?? model.tile, lossChunk: args.lossChunk, onWarning },
           ...{ vramLimit: args.vramLimit, ramLimit: args.ramLimit, layersPerSegment: args.layersPerSegment },
-          ...{ checkpointDeviceBytes: args.checkpointDeviceBytes, keep: args.keep },
+          ...{ checkpointDeviceBytes: args.checkpointDeviceBytes, keep: args.keep, deterministic: args.deterministic },
         }),
       );
     } catch (error) {
