@@ -8,6 +8,7 @@ import './ops.gpu.js';
 import './attention.gpu.js';
 import './large.gpu.js';
 import './memory.gpu.js';
+import './odd.gpu.js';
 import './repeat.gpu.js';
 
 const lc = program('./run').description('lc, its GPU tests and its benches: needs an NVIDIA driver and nothing else');
