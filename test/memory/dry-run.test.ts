@@ -5,7 +5,7 @@
 import { attachLora, syntheticModel } from '@lc/models';
 import { type ReserveOptions, reserveStep } from '@lc/trainer';
 import { afterAll, describe, expect, it, vi } from 'vitest';
-import { count } from './fake-native.js';
+import { count, machine } from './fake-native.js';
 
 vi.mock('../../packages/tensor/src/native.js', () => import('./fake-native.js'));
 
@@ -85,5 +85,39 @@ describe('a step takes what was planned', () => {
     expect(allPlanned - all).toBeLessThan(Math.max(0.03 * allPlanned, 8 << 20));
     const host = count('host checkpoints').live + count('host kept').live;
     expect(plan.predictedPeak.host).toBe(host);
+  });
+});
+
+describe('host memory that cannot be pinned', () => {
+  const tokens = 32_768;
+  const reserve = async (o: Partial<ReserveOptions>) => {
+    using model = await syntheticModel('gpt-oss-20b', { layers: 4, device: 'cuda', loadIn4bit: true });
+    attachLora(model, { r: 8, targetModules: attention });
+    const warnings: string[] = [];
+    using reserved = reserveStep({ model, tokens, budgets, onWarning: (message) => warnings.push(message), ...o });
+    return { warnings, plan: reserved.plan, attempts: reserved.attempts };
+  };
+
+  it('is taken with one warning, or counts as a failed reservation', async () => {
+    machine.pins = false;
+    try {
+      const { warnings, attempts } = await reserve({ checkpointDeviceBytes: 0 });
+      expect(warnings).toEqual([expect.stringMatching(/GiB of host memory .* could not be pinned/)]);
+      expect(attempts).toEqual([]);
+      await expect(reserve({ checkpointDeviceBytes: 0, pinning: 'require' })).rejects.toMatchObject({
+        code: 'ERR_LC_PLAN',
+        message: expect.stringMatching(/do not fit: pinned ran out; .*longest length that fits: \d+/),
+      });
+      // Room for the checkpoints on the device, not for what could be kept: that goes to the host, and is given up.
+      const onDevice = await reserve({ keep: 0 });
+      expect(onDevice.plan.predictedPeak.host).toBe(0);
+      const tight = { vram: onDevice.plan.predictedPeak.device + (300 << 20), ram: 2 ** 40 };
+      expect((await reserve({ budgets: tight })).plan.predictedPeak.host).toBeGreaterThan(0);
+      const required = await reserve({ budgets: tight, pinning: 'require' });
+      expect(required.attempts.map(({ failed }) => failed)).toContain('pinned');
+      expect(required.plan.predictedPeak.host).toBe(0);
+    } finally {
+      machine.pins = true;
+    }
   });
 });

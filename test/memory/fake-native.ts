@@ -14,6 +14,9 @@ export interface Count {
   allocations: number;
 }
 
+/** What the machine can do. */
+export const machine = { pins: true };
+
 export const counts = new Map<string, Count>();
 export function count(key: string): Count {
   const found = counts.get(key) ?? { live: 0, peak: 0, allocations: 0 };
@@ -60,7 +63,7 @@ const known: Record<string, unknown> = {
   cudaEventQuery: () => true,
   cudaStreamSync: async () => {},
   cudaEventSync: async () => {},
-  cudaIsPinned: () => true,
+  cudaIsPinned: () => machine.pins,
   cublasLtPath: () => '',
   scratch: () => ({ forward: 0, backward: 0 }),
 };
