@@ -1,6 +1,13 @@
 """What the peers share: median times by CUDA events, and the memory a call adds."""
 
 import torch
+import torch._dynamo
+
+
+def allow_recompiles(count=64):
+    """Every shape is compiled on its own; the limit's name changed with PyTorch 2.6."""
+    config = torch._dynamo.config
+    setattr(config, "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit", count)
 
 
 def median_ms(fn, rounds=7, budget_ms=1500.0):
