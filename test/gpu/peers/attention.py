@@ -96,7 +96,7 @@ def measure(make, case):
             if best is None or forward + backward < best[0] + best[1]:
                 best = (forward, backward, "expanded K/V" if expand else "groups")
         except Exception as error:  # a backend that does not take the shape says so, and the others are still timed
-            why = str(error).splitlines()[0][:90]
+            why = (str(error) or type(error).__name__).splitlines()[0][:90]
     return best, why
 
 
