@@ -64,7 +64,7 @@ describe('lc bench step', () => {
     expect(out).toMatch(/\| 300 \| all \| 128 \//);
     expect(out).toMatch(/\| 512 \| all \|/);
     expect(out).toMatch(/LoRA r 8 on q, k, v, o: 20,480 parameters/);
-    expect(err).toMatch(/\[lc bench step\] 512 tokens/);
+    expect(err).toMatch(/\[lc bench step, \d+\.\d s\] 512 tokens/);
   });
 
   it('measures time by phase, memory, work, and writes the same to a file', async () => {

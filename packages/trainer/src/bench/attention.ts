@@ -25,6 +25,7 @@ const shapes: Record<'cuda' | 'cpu', readonly Shape[]> = {
     { tokens: 16384, window: 128, ...gptOss },
     { tokens: 65536, window: 128, ...gptOss },
     { tokens: 16384, heads: 32, kvHeads: 8, headDim: 128 },
+    { tokens: 8192, heads: 16, kvHeads: 8, headDim: 256 },
   ],
   cpu: [
     { tokens: 256, heads: 8, kvHeads: 2, headDim: 64 },

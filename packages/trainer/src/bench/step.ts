@@ -52,7 +52,7 @@ async function build(name: string, device: DeviceLike, o: BuildOptions): Promise
     );
     const from = performance.now();
     applyCaps(device, o);
-    ticker.tell(`making weights of ${o.model}`);
+    ticker.about(`making the weights of ${o.model}`);
     const model = scope.own(
       await syntheticModel(o.model, {
         ...{ device, loadIn4bit: true, lora: { r: 8, loraAlpha: 16, targetModules: ['q_proj', 'k_proj', 'v_proj', 'o_proj'] } },

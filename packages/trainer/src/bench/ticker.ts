@@ -3,6 +3,7 @@ export class Ticker implements Disposable {
   private subject = '';
   private latest = '';
   private told = '';
+  private readonly from = performance.now();
   private readonly timer: NodeJS.Timeout;
 
   /** @param onTick also told, e.g. to save what there is */
@@ -37,7 +38,8 @@ export class Ticker implements Disposable {
     const text = [this.subject, this.latest].filter((part) => part !== '').join(': ');
     if (text === this.told) return;
     this.told = text;
-    process.stderr.write(`[lc bench ${this.name}] ${text}\n`);
+    const seconds = ((performance.now() - this.from) / 1000).toFixed(1);
+    process.stderr.write(`[lc bench ${this.name}, ${seconds} s] ${text}\n`);
     this.onTick(text);
   }
 }
