@@ -28,11 +28,20 @@ export function assert(condition: boolean, message: string): asserts condition {
   if (!condition) throw new Error(message);
 }
 
+/** `LCTX_TEST_SHARD=2/4`: only the second of every four tests, so that several processes can share them. */
+function shard(): (i: number) => boolean {
+  const [, mine, of] = /^(\d+)\/(\d+)$/.exec(process.env.LCTX_TEST_SHARD ?? '1/1') ?? [];
+  if (!(Number(mine) >= 1 && Number(mine) <= Number(of)))
+    throw new Error(`LCTX_TEST_SHARD must be like 2/4, got ${process.env.LCTX_TEST_SHARD}`);
+  return (i) => i % Number(of) === Number(mine) - 1;
+}
+
 /** Runs all tests whose name contains `filter`; prints one line each, and the sum last. */
 export async function runTests(filter = ''): Promise<boolean> {
   let passed = 0;
   let failed = 0;
-  for (const { name, fn } of tests.filter((t) => t.name.includes(filter))) {
+  const mine = shard();
+  for (const { name, fn } of tests.filter((t) => t.name.includes(filter)).filter((_, i) => mine(i))) {
     const start = performance.now();
     try {
       await fn();

@@ -31,7 +31,7 @@ import {
   zeros,
 } from '@lc/tensor';
 import { randomNormal as random } from '../../packages/tensor/src/seeded.js';
-import { assert, largeTest, test } from './harness.js';
+import { assert, largeTest, small, test } from './harness.js';
 
 const count = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
 
@@ -503,7 +503,7 @@ test('two separately built addons share memory, streams and events', async () =>
   using s2 = new Stream('cuda');
   using e1 = new Event('cuda');
   using e2 = new Event('cuda');
-  using x = zeros([1 << 24], { device: 'cuda' });
+  using x = zeros([small ? 1 << 16 : 1 << 24], { device: 'cuda' });
   fill(x, 1);
   await defaultStream('cuda').sync();
   for (const name of ['@lc/gpu-addon-a', '@lc/gpu-addon-b']) {

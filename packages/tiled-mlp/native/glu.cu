@@ -1,0 +1,179 @@
+/* Gated activations, forward and backward. Arithmetic in f32. */
+#include <cuda_runtime.h>
+
+#include "cuda_kernels.h"
+#include "vectors.cuh"
+
+namespace lctx::mlp::cuda {
+namespace {
+
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+
+/* value and derivative of the dense activations */
+__device__ __forceinline__ float activate(int32_t kind, float x, float* derivative) {
+  if (kind == kSilu) {
+    const float s = sigmoid(x);
+    *derivative = s * (1.0f + x * (1.0f - s));
+    return x * s;
+  }
+  if (kind == kGeluErf) {
+    const float cdf = 0.5f * (1.0f + erff(x * 0.70710678118654752f));
+    *derivative = cdf + x * 0.39894228040143268f * __expf(-0.5f * x * x);
+    return x * cdf;
+  }
+  const float inner = 0.79788456080286536f * (x + 0.044715f * x * x * x), t = tanhf(inner);
+  *derivative = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * 0.79788456080286536f * (1.0f + 3.0f * 0.044715f * x * x);
+  return 0.5f * x * (1.0f + t);
+}
+
+/* A gate and up of gpt-oss: clamped, and out = (up + 1) gate sigmoid(alpha gate). */
+__device__ __forceinline__ float gpt_oss(float gate, float up, float limit, float alpha) {
+  gate = fminf(gate, limit);
+  up = fminf(fmaxf(up, -limit), limit);
+  return (up + 1.0f) * gate * sigmoid(alpha * gate);
+}
+__device__ __forceinline__ void gpt_oss_backward(float& gate, float& up, float d, float limit, float alpha) {
+  const float g = fminf(gate, limit), u = fminf(fmaxf(up, -limit), limit), s = sigmoid(alpha * g);
+  const float dup = fabsf(up) <= limit ? d * g * s : 0.0f;
+  gate = gate <= limit ? d * (u + 1.0f) * s * (1.0f + alpha * g * (1.0f - s)) : 0.0f;
+  up = dup;
+}
+
+/* The kernels with `8` take bf16 eight elements a thread; the others any rows. The values are the same. */
+template <bool INTERLEAVED>
+__global__ void __launch_bounds__(THREADS) glu8_kernel(const __grid_constant__ Glu p, const __grid_constant__ Divide per_row, uint32_t count) {
+  const uint32_t i = blockIdx.x * THREADS + threadIdx.x;
+  if (i >= count) return;
+  const uint32_t row = per_row(i), eighth = i - row * per_row.by;
+  const int64_t r = row, c = eighth * 8;
+  uint4* first = eight(p.gate, r * p.gate.ld + (INTERLEAVED ? 2 * c : c));
+  uint4* second = INTERLEAVED ? first + 1 : eight(p.up, r * p.up.ld + c);
+  float v[16], out[8];  // interleaved: gate, up, gate, ...; else eight gates, then eight ups
+  unpack(*first, v);
+  unpack(*second, v + 8);
+  if (p.bias.data) {
+    const int64_t e = p.ids[p.pair_of[r]] * p.bias.ld;
+    float bias[16];
+    load8(p.bias, e + (INTERLEAVED ? 2 * c : c), bias);
+    load8(p.bias, e + (INTERLEAVED ? 2 * c + 8 : p.width + c), bias + 8);
+#pragma unroll
+    for (int j = 0; j < 16; j++) v[j] += bias[j];
+    // Rounded as backward will read them.
+    const uint4 x = pack(v), y = pack(v + 8);
+    if (p.keep) {
+      *first = x;
+      *second = y;
+    }
+    unpack(x, v);
+    unpack(y, v + 8);
+  }
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    float unused;
+    out[j] = INTERLEAVED ? gpt_oss(v[2 * j], v[2 * j + 1], p.limit, p.alpha) : activate(p.activation, v[j], &unused) * v[8 + j];
+  }
+  *eight(p.out, r * p.out.ld + c) = pack(out);
+}
+
+template <bool INTERLEAVED>
+__global__ void __launch_bounds__(THREADS) glu_backward8_kernel(const __grid_constant__ Glu p, const __grid_constant__ Divide per_row, uint32_t count) {
+  const uint32_t i = blockIdx.x * THREADS + threadIdx.x;
+  if (i >= count) return;
+  const uint32_t row = per_row(i), eighth = i - row * per_row.by;
+  const int64_t r = row, c = eighth * 8;
+  uint4* first = eight(p.gate, r * p.gate.ld + (INTERLEAVED ? 2 * c : c));
+  uint4* second = INTERLEAVED ? first + 1 : eight(p.up, r * p.up.ld + c);
+  float v[16], d[8];
+  unpack(*first, v);
+  unpack(*second, v + 8);
+  unpack(*eight(p.dout, r * p.dout.ld + c), d);
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    if constexpr (INTERLEAVED) {
+      gpt_oss_backward(v[2 * j], v[2 * j + 1], d[j], p.limit, p.alpha);
+    } else {
+      float derivative;
+      const float a = activate(p.activation, v[j], &derivative);
+      v[j] = d[j] * v[8 + j] * derivative;
+      v[8 + j] = d[j] * a;
+    }
+  }
+  *first = pack(v);
+  *second = pack(v + 8);
+}
+
+__global__ void glu_kernel(Glu p) {
+  const bool interleaved = p.activation == kGptOss;
+  LCTX_GRID_STRIDE(i, p.rows * p.width) {
+    const int64_t r = i / p.width, c = i % p.width;
+    const int64_t at_gate = r * p.gate.ld + (interleaved ? 2 * c : c), at_up = interleaved ? at_gate + 1 : r * p.up.ld + c;
+    const DeviceRows& up_rows = interleaved ? p.gate : p.up;
+    float gate = load_any(p.gate, at_gate), up = load_any(up_rows, at_up);
+    if (p.bias.data) {
+      const int64_t e = p.ids[p.pair_of[r]] * p.bias.ld;
+      gate += load_any(p.bias, e + (interleaved ? 2 * c : c));
+      up += load_any(p.bias, e + (interleaved ? 2 * c + 1 : p.width + c));
+      // Rounded as backward will read them.
+      if (p.gate.dtype == LCTX_BF16) gate = __bfloat162float(__float2bfloat16(gate));
+      if (up_rows.dtype == LCTX_BF16) up = __bfloat162float(__float2bfloat16(up));
+      if (p.keep) {
+        store_any(p.gate, at_gate, gate);
+        store_any(up_rows, at_up, up);
+      }
+    }
+    float unused;
+    store_any(p.out, r * p.out.ld + c, interleaved ? gpt_oss(gate, up, p.limit, p.alpha) : activate(p.activation, gate, &unused) * up);
+  }
+}
+
+__global__ void glu_backward_kernel(Glu p) {
+  const bool interleaved = p.activation == kGptOss;
+  LCTX_GRID_STRIDE(i, p.rows * p.width) {
+    const int64_t r = i / p.width, c = i % p.width;
+    const int64_t at_gate = r * p.gate.ld + (interleaved ? 2 * c : c), at_up = interleaved ? at_gate + 1 : r * p.up.ld + c;
+    const DeviceRows& up_rows = interleaved ? p.gate : p.up;
+    float gate = load_any(p.gate, at_gate), up = load_any(up_rows, at_up);
+    const float d = load_any(p.dout, r * p.dout.ld + c);
+    if (interleaved) {
+      gpt_oss_backward(gate, up, d, p.limit, p.alpha);
+    } else {
+      float derivative;
+      const float a = activate(p.activation, gate, &derivative);
+      gate = d * up * derivative;
+      up = d * a;
+    }
+    store_any(p.gate, at_gate, gate);
+    store_any(up_rows, at_up, up);
+  }
+}
+
+}  // namespace
+
+int glu(const Glu& p, cudaStream_t s) {
+  if (p.rows * p.width == 0) return 0;
+  const bool interleaved = p.activation == kGptOss;
+  if (countable(p.rows, p.width) && vectors_bf16(p.gate) && vectors_bf16(p.out) && vectors(p.bias) && (interleaved || vectors_bf16(p.up))) {
+    const uint32_t n = eights(p.rows, p.width);
+    const Divide per_row(static_cast<uint32_t>(p.width / 8));
+    if (interleaved) glu8_kernel<true><<<blocks8(n), THREADS, 0, s>>>(p, per_row, n);
+    else glu8_kernel<false><<<blocks8(n), THREADS, 0, s>>>(p, per_row, n);
+  } else {
+    glu_kernel<<<blocks(p.rows * p.width), THREADS, 0, s>>>(p);
+  }
+  return cudaGetLastError();
+}
+int glu_backward(const Glu& p, cudaStream_t s) {
+  if (p.rows * p.width == 0) return 0;
+  const bool interleaved = p.activation == kGptOss;
+  if (countable(p.rows, p.width) && vectors_bf16(p.gate) && vectors_bf16(p.dout) && (interleaved || vectors_bf16(p.up))) {
+    const uint32_t n = eights(p.rows, p.width);
+    const Divide per_row(static_cast<uint32_t>(p.width / 8));
+    if (interleaved) glu_backward8_kernel<true><<<blocks8(n), THREADS, 0, s>>>(p, per_row, n);
+    else glu_backward8_kernel<false><<<blocks8(n), THREADS, 0, s>>>(p, per_row, n);
+  } else {
+    glu_backward_kernel<<<blocks(p.rows * p.width), THREADS, 0, s>>>(p);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace lctx::mlp::cuda
