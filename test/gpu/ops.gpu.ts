@@ -4,6 +4,7 @@ import { AdamW, LoraExpertLinear, LoraLinear, Mxfp4Weight, Nf4Weight, QuantizedE
 import {
   copy,
   type DType,
+  type ExpertLinear,
   empty,
   fromTypedArray,
   type Parameter,
@@ -73,6 +74,7 @@ test("NF4 and MXFP4 dequantization: the CPU's bits", async () => {
     [7, 96],
     [64, 2880],
     [33, 5, 32],
+    [1029, 32],
   ]) {
     using source = fromTypedArray(random(count(shape), 3), shape);
     for (const dtype of ['bf16', 'f32'] as const) {
@@ -202,6 +204,12 @@ test('chunked cross-entropy: every option', async () => {
       [1, 32, 50],
       [131, 64, 1000],
       [37, 40, 33],
+      [7, 24, 1001],
+      // A row in the shared memory of two and of eight blocks, and one that does not fit there.
+      [7, 8, 40_000],
+      [3, 8, 201_088],
+      [2, 8, 262_144],
+      [2, 8, 201_091],
     ] as const) {
       for (const chunk of [5, n]) {
         const { cpu, cuda } = await both(async (where, scope, ws) => {
@@ -277,50 +285,58 @@ for (const activation of ['silu', 'gelu', 'gelu_pytorch_tanh'] as const) {
 
 for (const kind of ['gpt-oss', 'qwen3-moe'] as const) {
   for (const normTopkProb of kind === 'gpt-oss' ? [true] : [true, false]) {
-    test(`mixture of experts, ${kind}${normTopkProb ? '' : ', not normalised'}`, async () => {
-      const { cpu, cuda } = await both(async (where, scope, ws) => {
-        const [n, hidden, inner, experts, topK] = [131, 64, 96, 8, 3];
-        const expert = (o: number, i: number, seed: number): QuantizedExpertLinear => {
-          using full = fromTypedArray(
-            random(experts * o * i, seed).map((v) => v / 5),
-            [experts, o, i],
+    // Widths with and without vectors of eight; experts in one and in several rounds of a warp.
+    for (const [hidden, inner, experts, topK] of [
+      [64, 96, 8, 3],
+      [60, 92, 8, 4],
+      [72, 104, 40, 8],
+      [61, 91, 130, 2],
+    ] as const)
+      test(`mixture of experts, ${kind}${normTopkProb ? '' : ', not normalised'}, ${topK} of ${experts}, ${hidden} x ${inner}`, async () => {
+        const { cpu, cuda } = await both(async (where, scope, ws) => {
+          const n = 131;
+          const expert = (o: number, i: number, seed: number): ExpertLinear => {
+            if (i % 32) return new PlainExpertLinear({ weight: tensor(scope, where, [experts, o, i], seed, 0.2) });
+            using full = fromTypedArray(
+              random(experts * o * i, seed).map((v) => v / 5),
+              [experts, o, i],
+            );
+            const q = Nf4Weight.quantize(full);
+            return new QuantizedExpertLinear({ weight: scope.own(where === 'cuda' ? q.to('cuda') : q) });
+          };
+          const gpt = kind === 'gpt-oss';
+          const moe = new TiledMoE({
+            kind,
+            router: {
+              weight: tensor(scope, where, [experts, hidden], 1, 0.3, 'f32'),
+              bias: gpt ? tensor(scope, where, [experts], 2, 1, 'f32') : null,
+            },
+            gateUp: expert(2 * inner, hidden, 3),
+            gateUpBias: gpt ? tensor(scope, where, [experts, 2 * inner], 4) : null,
+            down: expert(hidden, inner, 5),
+            downBias: gpt ? tensor(scope, where, [experts, hidden], 6) : null,
+            topK,
+            normTopkProb,
+            tile: 50,
+            residual: true,
+          });
+          const [x, dout] = [tensor(scope, where, [n, hidden], 7), tensor(scope, where, [n, hidden], 8)];
+          const [out, dx] = [ws.alloc([n, hidden]), ws.alloc([n, hidden])];
+          const run = async (): Promise<{ out: Float32Array; dx: Float32Array }> => {
+            moe.forward(x, out, { ...at, length: n }, ws);
+            moe.backward(x, dout, dx, { ...at, length: n }, ws);
+            return { out: await values(out), dx: await values(dx) };
+          };
+          const first = await run();
+          const second = await run();
+          assert(
+            first.out.every((v, i) => v === second.out[i]) && first.dx.every((v, i) => v === second.dx[i]),
+            `${where}: bits differ between two runs`,
           );
-          const q = Nf4Weight.quantize(full);
-          return new QuantizedExpertLinear({ weight: scope.own(where === 'cuda' ? q.to('cuda') : q) });
-        };
-        const gpt = kind === 'gpt-oss';
-        const moe = new TiledMoE({
-          kind,
-          router: {
-            weight: tensor(scope, where, [experts, hidden], 1, 0.3, 'f32'),
-            bias: gpt ? tensor(scope, where, [experts], 2, 1, 'f32') : null,
-          },
-          gateUp: expert(2 * inner, hidden, 3),
-          gateUpBias: gpt ? tensor(scope, where, [experts, 2 * inner], 4) : null,
-          down: expert(hidden, inner, 5),
-          downBias: gpt ? tensor(scope, where, [experts, hidden], 6) : null,
-          topK,
-          normTopkProb,
-          tile: 50,
-          residual: true,
+          return first;
         });
-        const [x, dout] = [tensor(scope, where, [n, hidden], 7), tensor(scope, where, [n, hidden], 8)];
-        const [out, dx] = [ws.alloc([n, hidden]), ws.alloc([n, hidden])];
-        const run = async (): Promise<{ out: Float32Array; dx: Float32Array }> => {
-          moe.forward(x, out, { ...at, length: n }, ws);
-          moe.backward(x, dout, dx, { ...at, length: n }, ws);
-          return { out: await values(out), dx: await values(dx) };
-        };
-        const first = await run();
-        const second = await run();
-        assert(
-          first.out.every((v, i) => v === second.out[i]) && first.dx.every((v, i) => v === second.dx[i]),
-          `${where}: bits differ between two runs`,
-        );
-        return first;
+        near('out', cuda.out, cpu.out, 6);
+        near('dx', cuda.dx, cpu.dx, 10);
       });
-      near('out', cuda.out, cpu.out, 6);
-      near('dx', cuda.dx, cpu.dx, 10);
-    });
   }
 }

@@ -364,6 +364,19 @@ function gemmReference(
   return { sum, magnitude };
 }
 
+/** A test of lc's own bf16 GEMM: the portable kernel, and what this card's best one is. */
+function gemmTest(name: string, fn: () => Promise<void>): void {
+  for (const kernel of ['portable', 'best'] as const)
+    test(`${name}, ${kernel} kernel`, async () => {
+      if (kernel !== 'best') process.env.LCTX_GEMM = kernel;
+      try {
+        await fn();
+      } finally {
+        delete process.env.LCTX_GEMM;
+      }
+    });
+}
+
 for (const [dtype, cType, backend] of [
   ['bf16', 'bf16', 1],
   ['bf16', 'f32', 1],
@@ -372,7 +385,7 @@ for (const [dtype, cType, backend] of [
   ['bf16', 'f32', 2],
   ['f32', 'f32', 2],
 ] as const) {
-  test(`gemm ${dtype} -> ${cType}, ${backend === 1 ? 'own kernel' : 'cuBLASLt'}`, async () => {
+  (backend === 1 && dtype === 'bf16' ? gemmTest : test)(`gemm ${dtype} -> ${cType}, ${backend === 1 ? 'own' : 'cuBLASLt'}`, async () => {
     if (backend === 2 && !cublasLt()) return console.log('     skipped: no cuBLASLt');
     let seed = 0;
     for (const [m, n, k] of [
@@ -432,7 +445,7 @@ largeTest('gemm: large shapes, sampled rows; the same bits twice', async () => {
 });
 
 for (const dtype of ['bf16', 'f32'] as const) {
-  test(`grouped gemm, ${dtype}`, async () => {
+  (dtype === 'bf16' ? gemmTest : test)(`grouped gemm, ${dtype}`, async () => {
     for (const offsets of [
       [0, 7, 7, 140, 300],
       [0, 0, 0, 131],
@@ -571,7 +584,7 @@ test('streams and events: disposed ones are refused; one that is waited for is f
   assert(memInfo('cuda').freeBytes > free - (64 << 20), 'streams that are gone keep memory');
 });
 
-test('gemm: large tiles, all transposes, edges', async () => {
+gemmTest('gemm: large tiles, all transposes, edges', async () => {
   const [m, n, k] = [2312, 1416, 200];
   for (const ta of [false, true]) {
     for (const tb of [false, true]) {
@@ -600,7 +613,132 @@ test('gemm: large tiles, all transposes, edges', async () => {
   }
 });
 
-test('gemm: a long k in pieces, the same bits twice', async () => {
+test('embedding gradient: few and many tokens of an id, more than are ranked at once; the same bits twice', async () => {
+  for (const [n, width, vocab, dtype] of [
+    [33, 7, 5, 'f32'],
+    [17_000, 24, 300, 'bf16'],
+    [16_385, 9, 3, 'bf16'],
+  ] as const) {
+    const dout = make([n, width], dtype, 1);
+    // One id has a third of the tokens, another nearly none.
+    const idValues = Int32Array.from({ length: n }, (_, i) => (i % 3 ? (i * i + 5 * i) % vocab : 1));
+    using ids = empty([n], { dtype: 'i32', device: 'cuda' });
+    using idHost = fromTypedArray(idValues, [n]);
+    copy(ids, idHost);
+    const table = make([vocab, width], 'f32', 2);
+    using again = empty([vocab, width], { device: 'cuda' });
+    copy(again, table.gpu);
+    embeddingScatterAdd({ dout: dout.gpu, ids, dTable: table.gpu });
+    embeddingScatterAdd({ dout: dout.gpu, ids, dTable: again });
+    const want = Float64Array.from(table.values);
+    const magnitude = want.map(Math.abs);
+    const terms = new Int32Array(vocab);
+    dout.values.forEach((v, i) => {
+      const id = idValues[Math.floor(i / width)] as number;
+      const to = id * width + (i % width);
+      want[to] = (want[to] as number) + v;
+      magnitude[to] = (magnitude[to] as number) + Math.abs(v);
+      if (i % width === 0) terms[id] = (terms[id] as number) + 1;
+    });
+    const [got, same] = [await fetch(table.gpu), await fetch(again)];
+    close(`${n} x ${width}`, got, want, 'f32', (i) => magnitude[i] as number, Math.max(...terms));
+    assert(
+      got.every((v, i) => v === same[i]),
+      `${n} x ${width}: bits differ between two runs`,
+    );
+  }
+});
+
+// bf16 by f32, and f32 by f32, with one narrow side: by tensor cores, yet as exact as f32.
+test('gemm: narrow products', async () => {
+  type Operand = 'bf16' | 'f32';
+  const cases: [m: number, n: number, k: number, a: Operand, b: Operand, c: Operand, transA: boolean, transB: boolean][] = [];
+  // x A^T, d B, a router: rows of x against few columns.
+  for (const [m, n, k] of [
+    [1, 1, 1],
+    [7, 8, 64],
+    [131, 8, 2880],
+    [131, 13, 333],
+    [257, 32, 520],
+    [70, 128, 104],
+    [6200, 8, 96],
+    [6200, 33, 40],
+  ] as const) {
+    for (const transB of [true, false]) cases.push([m, n, k, 'bf16', 'f32', m % 2 ? 'f32' : 'bf16', false, transB]);
+  }
+  // h B^T, d A: few k.
+  for (const [m, n, k] of [
+    [1, 1, 1],
+    [7, 72, 8],
+    [131, 257, 5],
+    [131, 512, 8],
+    [300, 264, 16],
+    [131, 77, 13],
+    [77, 1000, 32],
+    [131, 328, 64],
+    [40, 104, 100],
+  ] as const) {
+    for (const transB of [true, false]) for (const c of ['bf16', 'f32'] as const) cases.push([m, n, k, 'f32', 'f32', c, false, transB]);
+  }
+  // x^T d and d^T x: gradients, over a few and over many tokens.
+  for (const [wide, rank, k] of [
+    [1, 1, 1],
+    [131, 7, 131],
+    [264, 8, 4096],
+    [200, 16, 5003],
+    [72, 33, 2049],
+    [328, 64, 700],
+  ] as const) {
+    cases.push([wide, rank, k, 'bf16', 'f32', 'f32', true, false], [rank, wide, k, 'f32', 'bf16', 'f32', true, false]);
+  }
+  for (const [i, [m, n, k, aType, bType, cType, transA, transB]] of cases.entries()) {
+    for (const pad of [0, 8, 3]) {
+      const a = make(transA ? [k, m] : [m, k], aType, 3 * i, pad);
+      const b = make(transB ? [n, k] : [k, n], bType, 3 * i + 1, pad);
+      const { sum, magnitude } = gemmReference(a.values, b.values, m, n, k, transA, transB);
+      const [alpha, beta] = [i % 3 ? 1 : -0.75, i % 2 ? 0.5 : 0];
+      const runs: Float32Array[] = [];
+      for (let round = 0; round < 2; round++) {
+        const c = make([m, n], cType, 3 * i + 2, pad);
+        if (beta === 0) fill(c.gpu, Number.NaN);
+        gemm({ a: a.gpu, b: b.gpu, c: c.gpu, transA, transB, alpha, beta, backend: 1 });
+        runs.push(await fetch(c.gpu));
+        if (round) continue;
+        close(
+          `${aType} x ${bType} ${m}x${n}x${k} ${transA} ${transB} pad ${pad}`,
+          runs[0] as Float32Array,
+          sum.map((s, at) => alpha * s + beta * (c.values[at] as number)),
+          cType,
+          (at) => (magnitude[at] as number) + Math.abs(c.values[at] as number),
+          k,
+        );
+      }
+      assert(
+        (runs[0] as Float32Array).every((v, at) => v === (runs[1] as Float32Array)[at]),
+        `${m}x${n}x${k}: bits differ between two runs`,
+      );
+    }
+  }
+  // A row's bits do not depend on how many rows there are: a recomputed chunk must give the forward's.
+  for (const [n, k] of [
+    [8, 2880],
+    [32, 520],
+  ] as const) {
+    const a = make([6200, k], 'bf16', 1);
+    const b = make([n, k], 'f32', 2);
+    using all = empty([6200, n], { device: 'cuda' });
+    using few = empty([77, n], { device: 'cuda' });
+    gemm({ a: a.gpu, b: b.gpu, c: all, transB: true });
+    gemm({ a: a.gpu.rows(1000, 77), b: b.gpu, c: few, transB: true });
+    const [x, y] = [await all.rows(1000, 77).read(), await few.read()];
+    assert(
+      y.every((v, at) => v === x[at]),
+      `${n} x ${k}: bits depend on the number of rows`,
+    );
+  }
+});
+
+gemmTest('gemm: a long k in pieces, the same bits twice', async () => {
   for (const [m, n, k, aType, bType, cType] of [
     [8, 264, 5003, 'bf16', 'bf16', 'f32'],
     [264, 8, 4096, 'f32', 'bf16', 'f32'],
@@ -632,7 +770,42 @@ test('gemm: a long k in pieces, the same bits twice', async () => {
   }
 });
 
-test('grouped gemm: large tiles; offsets that lie do not lead outside', async () => {
+gemmTest('gemm: an element has the same bits wherever its row lies', async () => {
+  const [m, n, k] = [1111, 392, 1000];
+  using a = make([m, k], 'bf16', 1).gpu;
+  using b = make([2, n, k], 'bf16', 2).gpu;
+  using all = empty([m, n], { device: 'cuda' });
+  gemm({ a, b: b.rows(1, 1).view([n, k]), c: all, transB: true, backend: 1 });
+  const want = await all.read();
+  const same = async (what: string, c: Tensor, first: number): Promise<void> => {
+    const got = await c.read();
+    assert(
+      got.every((v, i) => v === want[first * n + i]),
+      `${what}: bits differ`,
+    );
+  };
+  // Fewer rows make other tiles; so does an expert's share of them.
+  for (const [first, rows] of [
+    [0, 1],
+    [5, 40],
+    [100, 333],
+    [300, 811],
+  ] as const) {
+    using c = empty([rows, n], { device: 'cuda' });
+    gemm({ a: a.rows(first, rows), b: b.rows(1, 1).view([n, k]), c, transB: true, backend: 1 });
+    await same(`${rows} rows`, c, first);
+  }
+  using offsets = empty([3], { dtype: 'i32', device: 'cuda' });
+  for (const first of [0, 7, 600]) {
+    using host = fromTypedArray(Int32Array.of(0, first, m), [3]);
+    copy(offsets, host);
+    using c = empty([m, n], { device: 'cuda' });
+    groupedGemm({ a, b, c, offsets, transB: true });
+    await same(`expert from row ${first}`, c.rows(first, m - first), first);
+  }
+});
+
+gemmTest('grouped gemm: large tiles; offsets that lie do not lead outside', async () => {
   const offsets = [0, 700, 700, 1957, 4000, 4096, 5000, 5500, 6400];
   const experts = offsets.length - 1;
   const [rows, k, n] = [6400, 136, 1032];

@@ -71,47 +71,118 @@ __global__ void adamw_kernel(AdamSegment s, AdamScalars p) {
     s.v[i] = v;
   }
 }
-
-/* The nearest of 256 rising values; a tie takes the lower. */
-__device__ uint8_t nearest(const float* map, float x) {
-  int low = 0, high = 255;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (x > (map[middle] + map[middle + 1]) * 0.5f) low = middle + 1;
-    else high = middle;
+/* Four neighbours a thread, of tensors that start on 16 bytes; the last few are left to the first threads. */
+__global__ void __launch_bounds__(THREADS) adamw4_kernel(AdamSegment s, AdamScalars p) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x, whole = s.n / 4;
+  if (i < whole) {
+    float4 value = reinterpret_cast<const float4*>(s.value)[i], m = reinterpret_cast<const float4*>(s.m)[i], v = reinterpret_cast<const float4*>(s.v)[i];
+    const float4 grad = __ldg(reinterpret_cast<const float4*>(s.grad) + i);
+    value.x = update(p, value.x, grad.x, &m.x, &v.x);
+    value.y = update(p, value.y, grad.y, &m.y, &v.y);
+    value.z = update(p, value.z, grad.z, &m.z, &v.z);
+    value.w = update(p, value.w, grad.w, &m.w, &v.w);
+    reinterpret_cast<float4*>(s.value)[i] = value;
+    reinterpret_cast<float4*>(s.m)[i] = m;
+    reinterpret_cast<float4*>(s.v)[i] = v;
   }
-  return static_cast<uint8_t>(low);
+  const int64_t rest = whole * 4 + i;
+  if (rest < s.n && i < 4) {
+    float m = s.m[rest], v = s.v[rest];
+    s.value[rest] = update(p, s.value[rest], s.grad[rest], &m, &v);
+    s.m[rest] = m;
+    s.v[rest] = v;
+  }
 }
-__device__ float block_max(float v) {
-  __shared__ float warps[kStateBlock / 32];
+
+/* A map of 256 rising values and the middles between them, spread such that a binary search by a warp's lanes meets few bank conflicts. */
+struct Map {
+  float values[256], middles[256 + 8];
+  __device__ void fill(const float* map) {
+    const int i = threadIdx.x % 256;
+    values[i] = map[i];
+    middles[i + i / 32] = i < 255 ? (map[i] + map[i + 1]) * 0.5f : INFINITY;
+  }
+  /* The nearest value's number; a tie takes the lower. */
+  __device__ __forceinline__ uint32_t nearest(float x) const {
+    uint32_t low = 0;
+#pragma unroll
+    for (uint32_t step = 128; step; step /= 2) {
+      const uint32_t at = low + step - 1;
+      if (x > middles[at + at / 32]) low += step;
+    }
+    return low;
+  }
+};
+__device__ __forceinline__ float warp_max(float v) {
   for (int o = 16; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, o));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
-  __syncthreads();
-  for (int w = 0; w < static_cast<int>(kStateBlock / 32); w++) v = fmaxf(v, warps[w]);
   return v;
 }
-/* One block of threads per block of states. */
-__global__ void adamw8_kernel(AdamSegment s, AdamScalars p, const float* maps) {
-  const int64_t i = blockIdx.x * kStateBlock + threadIdx.x;
-  const bool mine = i < s.n;
-  float m = 0, v = 0;
-  if (mine) {
-    m = maps[s.m8[i]] * s.m_scale[blockIdx.x];
-    v = maps[256 + s.v8[i]] * s.v_scale[blockIdx.x];
-    s.value[i] = update(p, s.value[i], s.grad[i], &m, &v);
+
+/* A warp per block of states, eight neighbours a lane. VECTOR: all tensors start on 16 bytes. */
+template <bool VECTOR>
+__global__ void __launch_bounds__(THREADS) adamw8_kernel(AdamSegment s, AdamScalars p, const float* maps) {
+  static_assert(kStateBlock == 256 && THREADS == 256, "a lane takes eight states, and the threads fill a map");
+  __shared__ Map m_map, v_map;
+  m_map.fill(maps);
+  v_map.fill(maps + 256);
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  const int64_t block = blockIdx.x * static_cast<int64_t>(THREADS / 32) + threadIdx.x / 32, first = block * kStateBlock + lane * 8;
+  if (block * kStateBlock >= s.n) return;
+  const bool wide = VECTOR && (block + 1) * kStateBlock <= s.n;
+  const int count = static_cast<int>(s.n - first < 8 ? (s.n - first < 0 ? 0 : s.n - first) : 8);
+
+  alignas(16) float value[8] = {}, grad[8] = {};
+  alignas(8) uint8_t m8[8] = {}, v8[8] = {};
+  float m[8] = {}, v[8] = {};
+  if (wide) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      reinterpret_cast<float4*>(value)[h] = reinterpret_cast<const float4*>(s.value + first)[h];
+      reinterpret_cast<float4*>(grad)[h] = reinterpret_cast<const float4*>(s.grad + first)[h];
+    }
+    *reinterpret_cast<uint2*>(m8) = *reinterpret_cast<const uint2*>(s.m8 + first);
+    *reinterpret_cast<uint2*>(v8) = *reinterpret_cast<const uint2*>(s.v8 + first);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (i < count) value[i] = s.value[first + i], grad[i] = s.grad[first + i], m8[i] = s.m8[first + i], v8[i] = s.v8[first + i];
   }
-  float m_largest = block_max(fabsf(m)), v_largest = block_max(v);
+  const float m_scale = s.m_scale[block], v_scale = s.v_scale[block];
+  float m_largest = 0, v_largest = 0;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    if (i >= count) continue;
+    m[i] = m_map.values[m8[i]] * m_scale;
+    v[i] = v_map.values[v8[i]] * v_scale;
+    value[i] = update(p, value[i], grad[i], &m[i], &v[i]);
+    m_largest = fmaxf(m_largest, fabsf(m[i]));
+    v_largest = fmaxf(v_largest, v[i]);
+  }
+  m_largest = warp_max(m_largest);
+  v_largest = warp_max(v_largest);
   if (m_largest < 0x1p-126f) m_largest = 0;
   if (v_largest < 0x1p-126f) v_largest = 0;
-  if (mine) {
-    s.m8[i] = nearest(maps, m * (m_largest > 0 ? 1.0f / m_largest : 0.0f));
-    const uint8_t code = nearest(maps + 256, v * (v_largest > 0 ? 1.0f / v_largest : 0.0f));
-    s.v8[i] = code == 0 && v > 0 ? 1 : code;
+  const float m_inverse = m_largest > 0 ? 1.0f / m_largest : 0.0f, v_inverse = v_largest > 0 ? 1.0f / v_largest : 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    m8[i] = static_cast<uint8_t>(m_map.nearest(m[i] * m_inverse));
+    const uint32_t code = v_map.nearest(v[i] * v_inverse);
+    v8[i] = static_cast<uint8_t>(code == 0 && v[i] > 0 ? 1 : code);
   }
-  if (threadIdx.x == 0) {
-    s.m_scale[blockIdx.x] = m_largest;
-    s.v_scale[blockIdx.x] = v_largest;
+  if (wide) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) reinterpret_cast<float4*>(s.value + first)[h] = reinterpret_cast<const float4*>(value)[h];
+    *reinterpret_cast<uint2*>(s.m8 + first) = *reinterpret_cast<const uint2*>(m8);
+    *reinterpret_cast<uint2*>(s.v8 + first) = *reinterpret_cast<const uint2*>(v8);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (i < count) s.value[first + i] = value[i], s.m8[first + i] = m8[i], s.v8[first + i] = v8[i];
+  }
+  if (lane == 0) {
+    s.m_scale[block] = m_largest;
+    s.v_scale[block] = v_largest;
   }
 }
 
@@ -150,8 +221,17 @@ int scatter_expert_b(const ExpertB& p, cudaStream_t s) {
 }
 int adamw(const AdamSegment& s, const AdamScalars& p, const float* maps, cudaStream_t stream) {
   if (s.n == 0) return 0;
-  if (s.m) adamw_kernel<<<blocks(s.n), THREADS, 0, stream>>>(s, p);
-  else adamw8_kernel<<<static_cast<unsigned>((s.n + kStateBlock - 1) / kStateBlock), kStateBlock, 0, stream>>>(s, p, maps);
+  const auto on_16_bytes = [](auto... pointers) { return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0; };
+  if (s.m) {
+    const bool wide = on_16_bytes(s.value, s.grad, s.m, s.v);
+    if (wide) adamw4_kernel<<<static_cast<unsigned>((s.n / 4 + THREADS) / THREADS), THREADS, 0, stream>>>(s, p);
+    else adamw_kernel<<<blocks(s.n), THREADS, 0, stream>>>(s, p);
+  } else {
+    constexpr int64_t kPerBlock = THREADS / 32 * kStateBlock;
+    const auto grid = static_cast<unsigned>((s.n + kPerBlock - 1) / kPerBlock);
+    if (on_16_bytes(s.value, s.grad, s.m8, s.v8)) adamw8_kernel<true><<<grid, THREADS, 0, stream>>>(s, p, maps);
+    else adamw8_kernel<false><<<grid, THREADS, 0, stream>>>(s, p, maps);
+  }
   return cudaGetLastError();
 }
 int square_sums(const float* grad, int64_t n, double* partial, cudaStream_t s) {

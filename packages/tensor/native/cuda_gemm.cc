@@ -27,7 +27,7 @@ int run(const GemmLaunch& g, int device, int32_t a, int32_t b, int32_t c, void* 
     return set_error("ERR_LC_DTYPE", (std::string(op) + ": on CUDA a, b and c are f32 or bf16 (both inputs bf16 for tensor cores); cast first").c_str());
   const bool a_f32 = a == LCTX_F32, b_f32 = b == LCTX_F32;
   GemmLaunch pieces = g;
-  pieces.splits = gemm_splits(g);
+  pieces.splits = gemm_splits(g, a_f32, b_f32);
   if (pieces.splits <= 1) return status(launch(g, a_f32, b_f32, stream), op);
   void* scratch = nullptr;
   if (alloc(device, static_cast<size_t>(pieces.splits * g.m * g.n) * sizeof(float), stream, false, &scratch)) return -1;

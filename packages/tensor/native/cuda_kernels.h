@@ -50,7 +50,8 @@ struct EmbeddingLaunch {
   int64_t n, vocab, width;
 };
 int launch_embedding_gather(const EmbeddingLaunch& p, void* stream); /* ids outside the table give NaN rows: the host cannot look */
-int launch_embedding_scatter_add(const EmbeddingLaunch& p, void* stream);
+int64_t embedding_scatter_scratch(const EmbeddingLaunch& p); /* bytes of device memory that it needs */
+int launch_embedding_scatter_add(const EmbeddingLaunch& p, void* scratch, void* stream);
 
 /* One GEMM or a group of them; see lctx_gemm_params and lctx_grouped_gemm_params. */
 struct GemmLaunch {
@@ -66,11 +67,14 @@ struct GemmLaunch {
   bool vector_c;          /* set by the launcher: c's rows are aligned for vector stores */
 };
 /* Pieces that the k of a product with few tiles and a long k (a weight gradient over all tokens) is cut into, so that it fills the card; else 1. */
-int32_t gemm_splits(const GemmLaunch& p);
+int32_t gemm_splits(const GemmLaunch& p, bool a_f32, bool b_f32);
 int launch_gemm_join(const GemmLaunch& p, const float* pieces, void* stream); /* c = alpha sum of pieces + beta c, in order */
 int launch_gemm_bf16(GemmLaunch p, void* stream);        /* mma.sync, sm_80 and up, at most 96 KiB of shared memory */
-/* FFMA: full f32, operands f32 or bf16 in any mixture. */
+/* Full f32, operands f32 or bf16 in any mixture: by tensor cores where one side is narrow, else by FFMA. */
 int launch_gemm_ffma(const GemmLaunch& p, bool a_f32, bool b_f32, void* stream);
+/* False: it is not narrow, and nothing was launched. */
+bool launch_gemm_narrow(const GemmLaunch& p, bool a_f32, bool b_f32, void* stream, int* status);
+int32_t gemm_narrow_splits(const GemmLaunch& p, bool a_f32, bool b_f32); /* 0: not one of them */
 
 /* cuBLASLt, if this machine has it: 0 done, 1 not available (the caller takes its own kernel), -1 error set. */
 int cublaslt_gemm(const lctx_gemm_params* p, void* stream);

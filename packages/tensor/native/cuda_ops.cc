@@ -245,7 +245,11 @@ int embedding_scatter_add(const Args& args) {
   if (table.t.dtype != LCTX_F32) args.fail("ERR_LC_DTYPE", "dTable: expected f32");
   const EmbeddingLaunch p = embedding(args, table, dout);
   Launch l(args, dout.device);
-  return l.ok ? status(launch_embedding_scatter_add(p, l.stream), "embeddingScatterAdd") : -1;
+  void* scratch = nullptr;
+  if (!l.ok || alloc(dout.device, static_cast<size_t>(embedding_scatter_scratch(p)) + 16, l.stream, false, &scratch)) return -1;
+  const int rc = status(launch_embedding_scatter_add(p, scratch, l.stream), "embeddingScatterAdd");
+  cuda::free(dout.device, scratch, l.stream);
+  return rc;
 }
 
 }  // namespace lctx::cuda

@@ -1,5 +1,4 @@
-/* GEMM by FFMA, operands f32 or bf16 in any mixture, arithmetic f32: what tensor cores do not do. LoRA's f32 parameters against bf16 activations, router
- * gradients, checks. 128 x 128 of c per block, 8 x 8 per thread, or 128 x 16, 8 x 1 per thread, for the small ranks of LoRA; the next 16 of k travel from
+/* GEMM by FFMA, operands f32 or bf16 in any mixture, arithmetic f32: what is neither bf16 nor narrow (gemm_narrow.cuh). 128 x 128 of c per block, 8 x 8 per thread, or 128 x 16, 8 x 1 per thread, for the small ranks of LoRA; the next 16 of k travel from
  * memory to registers while the present ones are multiplied. */
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -111,6 +110,8 @@ int launch(const GemmLaunch& p, cudaStream_t s) {
 
 int launch_gemm_ffma(const GemmLaunch& p, bool a_f32, bool b_f32, void* stream) {
   if (p.m == 0 || p.n == 0 || (p.offsets != nullptr && p.experts == 0)) return 0;
+  int status = 0;
+  if (launch_gemm_narrow(p, a_f32, b_f32, stream, &status)) return status;
   const auto s = static_cast<cudaStream_t>(stream);
   if (a_f32) return b_f32 ? launch<float, float>(p, s) : launch<float, __nv_bfloat16>(p, s);
   return b_f32 ? launch<__nv_bfloat16, float>(p, s) : launch<__nv_bfloat16, __nv_bfloat16>(p, s);

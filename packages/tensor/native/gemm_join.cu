@@ -22,8 +22,9 @@ __global__ void join_kernel(const __grid_constant__ GemmLaunch p, const float* p
 }  // namespace
 
 /* Only where op(a) is a transpose, as in a gradient of weights: elsewhere an element's bits depend on its row, its column and k alone. */
-int32_t gemm_splits(const GemmLaunch& p) {
+int32_t gemm_splits(const GemmLaunch& p, bool a_f32, bool b_f32) {
   if (!p.trans_a || p.offsets != nullptr || p.k < 2048) return 1;
+  if (const int32_t narrow = gemm_narrow_splits(p, a_f32, b_f32)) return narrow;
   const int64_t across = p.n <= 32 ? 1 : (p.n + 127) / 128, tiles = (p.m + 127) / 128 * across;
   const int64_t wanted = 264 / tiles, most = p.k / 512;
   const int64_t splits = wanted < most ? wanted : most;

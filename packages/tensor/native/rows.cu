@@ -1,4 +1,4 @@
-/* Ops that move or reduce rows: column sums, embedding. Sums run in an order that the shape alone fixes: the same bits every time. */
+/* Ops that move or reduce rows: column sums, gathered rows. Sums run in an order that the shape alone fixes: the same bits every time. */
 #include <cuda_runtime.h>
 
 #include "cuda_kernels.h"
@@ -47,60 +47,6 @@ __global__ void gather_kernel(EmbeddingLaunch p, bool wide) {
   }
 }
 
-constexpr int COLUMNS = 3;
-
-/* A block per token of [first, first + count) and 768 columns. The first token with an id adds up all of that id, in their order; the others do nothing. */
-__global__ void scatter_kernel(EmbeddingLaunch p, int64_t first, int64_t count) {
-  const int32_t* ids = p.ids + first;
-  const int64_t mine = blockIdx.x;
-  const int32_t id = ids[mine];
-  if (id < 0 || id >= p.vocab) return;
-  bool earlier = false;
-  // From the token backwards: what is common is found soon.
-  for (int64_t end = mine; end > 0; end -= 8 * THREADS) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int64_t at = end - 1 - i * THREADS - threadIdx.x;
-      earlier |= at >= 0 && ids[at] == id;
-    }
-    if (__syncthreads_or(earlier)) return;
-  }
-  __shared__ int64_t found[THREADS];
-  __shared__ int warps[THREADS / 32];
-  float* row = static_cast<float*>(p.table.data) + id * p.table.ld;
-  const int64_t column = blockIdx.y * (COLUMNS * THREADS) + threadIdx.x;
-  for (int64_t base = mine; base < count; base += THREADS) {
-    // The next 256 tokens: those of this id, in order.
-    const int64_t i = base + threadIdx.x;
-    const bool hit = i < count && ids[i] == id;
-    const unsigned hits = __ballot_sync(~0u, hit);
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = __popc(hits);
-    __syncthreads();
-    int before = 0, total = 0;
-    for (int w = 0; w < THREADS / 32; w++) {
-      if (w < static_cast<int>(threadIdx.x / 32)) before += warps[w];
-      total += warps[w];
-    }
-    if (hit) found[before + __popc(hits & ((1u << threadIdx.x % 32) - 1))] = first + i;
-    __syncthreads();
-    // Three columns a thread: enough reads in flight where one id has thousands of tokens.
-    if (total > 0) {
-      float sum[COLUMNS];
-#pragma unroll
-      for (int c = 0; c < COLUMNS; c++) sum[c] = column + c * THREADS < p.width ? row[column + c * THREADS] : 0.0f;
-#pragma unroll 4
-      for (int t = 0; t < total; t++)
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++)
-          if (column + c * THREADS < p.width) sum[c] += load_any(p.rows, found[t] * p.rows.ld + column + c * THREADS);
-#pragma unroll
-      for (int c = 0; c < COLUMNS; c++)
-        if (column + c * THREADS < p.width) row[column + c * THREADS] = sum[c];
-    }
-    __syncthreads();
-  }
-}
-
 unsigned capped(int64_t n, int64_t most) { return static_cast<unsigned>(n < most ? n : most); }
 
 }  // namespace
@@ -129,17 +75,6 @@ int launch_embedding_gather(const EmbeddingLaunch& p, void* stream) {
   if (p.n == 0) return 0;
   const bool wide = vectors(p.table, p.width) && vectors(p.rows, p.width);
   gather_kernel<<<capped(p.n, 132 * 16), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(p, wide);
-  return cudaGetLastError();
-}
-int launch_embedding_scatter_add(const EmbeddingLaunch& p, void* stream) {
-  if (p.width == 0) return 0;
-  // Looking for an id's first token costs tokens squared: pieces keep that far below the cost of the rows themselves.
-  constexpr int64_t kPiece = 16384;
-  for (int64_t first = 0; first < p.n; first += kPiece) {
-    const int64_t count = p.n - first < kPiece ? p.n - first : kPiece;
-    const auto across = static_cast<unsigned>((p.width + COLUMNS * THREADS - 1) / (COLUMNS * THREADS));
-    scatter_kernel<<<dim3(static_cast<unsigned>(count), across), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(p, first, count);
-  }
   return cudaGetLastError();
 }
 

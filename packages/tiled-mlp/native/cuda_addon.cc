@@ -48,6 +48,7 @@ void glu_op(const Args& args) {
   const View out = args.tensor("out"), bias = args.optional("bias");
   Glu p = glu_params(args, out);
   p.out = device_rows(args, out, "out", out);
+  p.keep = !args.flag("forwardOnly");
   if (bias) {
     if (bias.ndim != 2 || bias.shape[1] != 2 * p.width) args.fail("ERR_LC_SHAPE", "bias: expected [experts, " + std::to_string(2 * p.width) + "], got " + bias.describe());
     p.bias = device_rows(args, bias, "bias", out);

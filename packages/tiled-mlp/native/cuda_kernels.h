@@ -13,6 +13,7 @@ struct Glu {
   int64_t rows, width;
   float limit, alpha;
   int32_t activation;
+  bool keep; /* forward with a bias: gate and up are written back with it, which only a backward needs */
 };
 int glu(const Glu& p, cudaStream_t stream);
 int glu_backward(const Glu& p, cudaStream_t stream);

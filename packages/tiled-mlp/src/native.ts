@@ -14,8 +14,11 @@ export interface GluArgs {
 
 /** What native/addon.cc exports. */
 export interface TiledMlpNative {
-  /** out = activation(gate) * up; with `bias` [experts, 2 * width], a row's expert bias is added to gate and up in place first. */
-  glu(args: GluArgs & { out: Tensor; bias?: Tensor | null; ids?: Tensor; pairOf?: Tensor }): void;
+  /**
+   * out = activation(gate) * up; with `bias` [experts, 2 * width], a row's expert bias is added to gate and up in place first. With `forwardOnly` what is then in
+   * gate and up is undefined, and the GPU saves writing it.
+   */
+  glu(args: GluArgs & { out: Tensor; bias?: Tensor | null; ids?: Tensor; pairOf?: Tensor; forwardOnly?: boolean }): void;
   /** gate and up are overwritten by their gradients. */
   gluBackward(args: GluArgs & { dout: Tensor }): void;
   route(args: {

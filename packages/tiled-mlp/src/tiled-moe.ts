@@ -85,7 +85,7 @@ export class TiledMoE extends TiledBlock {
   protected override tileForward(h: Tensor, base: Tensor | null, out: Tensor, at: Span, ws: Workspace): void {
     const { down, downBias = null } = this.o;
     const routing = this.route(h, at.length, ws);
-    const { rows: y, act } = this.activate(h, routing, ws);
+    const { rows: y, act } = this.activate(h, routing, true, ws);
     down.forward(act, y, routing.offsets, ws); // the rows' memory takes the experts' output
     native().combine({ y, out, base, bias: downBias, ...this.pairs(routing), weights: routing.weights });
   }
@@ -95,7 +95,7 @@ export class TiledMoE extends TiledBlock {
     const { topK } = this;
     const routing = this.route(h, at.length, ws);
     const { offsets, pairOf, weights } = routing;
-    const { rows, both, act } = this.activate(h, routing, ws);
+    const { rows, both, act } = this.activate(h, routing, false, ws);
     const dy = ws.alloc(rows.shape);
     const dact = ws.alloc(act.shape);
     const dlogits = ws.alloc(routing.logits.shape, 'f32');
@@ -125,8 +125,8 @@ export class TiledMoE extends TiledBlock {
     return routing;
   }
 
-  /** Rows sorted by expert, gate and up of each (bias included), and the activation. */
-  private activate(h: Tensor, routing: Routing, ws: Workspace): { rows: Tensor; both: Tensor; act: Tensor } {
+  /** Rows sorted by expert, gate and up of each (bias included, unless `forwardOnly`: they are not read again then), and the activation. */
+  private activate(h: Tensor, routing: Routing, forwardOnly: boolean, ws: Workspace): { rows: Tensor; both: Tensor; act: Tensor } {
     const { gateUp, gateUpBias = null } = this.o;
     const { ids, pairOf, offsets } = routing;
     const count = pairOf.shape[0] as number;
@@ -135,7 +135,7 @@ export class TiledMoE extends TiledBlock {
     const act = ws.alloc([count, this.intermediateSize]);
     native().gather({ x: h, out: rows, pairOf, topK: this.topK });
     gateUp.forward(rows, both, offsets, ws);
-    native().glu({ ...this.halves(both), ...this.glu, out: act, bias: gateUpBias, ids, pairOf });
+    native().glu({ ...this.halves(both), ...this.glu, out: act, bias: gateUpBias, ids, pairOf, forwardOnly });
     return { rows, both, act };
   }
 
