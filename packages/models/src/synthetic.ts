@@ -1,5 +1,5 @@
 /** Models of real dimensions with random weights in the real formats, for benches: nothing is read from disk. */
-import { copy, type DType, dtypeBytes, empty, fill, LcError, Scope, type Tensor, type TypedArray } from '@lc/tensor';
+import { copy, type Device, type DType, dtypeBytes, empty, fill, LcError, Scope, type Tensor, type TypedArray } from '@lc/tensor';
 import type { SafetensorsReader, TensorInfo } from '@lc/tensor/safetensors';
 import type { CausalLM } from './causal-lm.js';
 import { parseModelConfig } from './config.js';
@@ -51,7 +51,7 @@ class RandomWeights implements SafetensorsReader {
   readonly names: readonly string[];
   private readonly infos: ReadonlyMap<string, TensorInfo>;
   private readonly scope = new Scope();
-  private readonly blocks = new Map<DType, Tensor>();
+  private readonly blocks = new Map<string, Tensor>();
 
   constructor(tensors: readonly TensorInfo[]) {
     this.infos = new Map(tensors.map((t) => [t.name, t]));
@@ -71,7 +71,7 @@ class RandomWeights implements SafetensorsReader {
   async readInto(name: string, target: Tensor): Promise<void> {
     if (name.endsWith('norm.weight')) return fill(target, 1);
     if (name.endsWith('_scales')) return fill(target, 120);
-    repeat(target, this.block(this.info(name).dtype));
+    repeat(target, this.block(this.info(name).dtype, target.device));
   }
   close(): void {
     this.scope.dispose();
@@ -80,11 +80,17 @@ class RandomWeights implements SafetensorsReader {
     this.close();
   }
 
-  private block(dtype: DType): Tensor {
-    let block = this.blocks.get(dtype);
+  /** Where the target lies: a GPU copies faster from itself than from pageable memory. */
+  private block(dtype: DType, device: Device): Tensor {
+    const key = `${dtype} on ${device}`;
+    let block = this.blocks.get(key);
     if (!block) {
-      block = this.scope.own(randomBlock(dtype, 12345, 0.02));
-      this.blocks.set(dtype, block);
+      if (device === 'cpu') block = this.scope.own(randomBlock(dtype, 12345, 0.02));
+      else {
+        block = this.scope.own(empty([BLOCK], { dtype, device, label: 'random' }));
+        copy(block, this.block(dtype, 'cpu'));
+      }
+      this.blocks.set(key, block);
     }
     return block;
   }
