@@ -1,11 +1,13 @@
-/* Chooses a GEMM on the device: cuBLASLt where it is installed, else lc's own. */
+/* Chooses a GEMM on the device: cuBLASLt where it is installed, else lc's own. LCTX_GEMM forces one. */
 #ifdef LCTX_WITH_CUDA
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <string>
 
 #include "cuda_kernels.h"
 #include "cuda_rt.h"
+#include "gemm_choice.h"
 #include "runtime.h"
 
 namespace lctx::cuda {
@@ -46,12 +48,26 @@ int run(const GemmLaunch& g, int device, int32_t a, int32_t b, int32_t c, void* 
   return status(rc, op);
 }
 
+/* What LCTX_GEMM asks for, if it can be had. */
+int choose(GemmChoice* choice, const char* op) {
+  *choice = gemm_choice();
+  if (*choice == GemmChoice::unknown)
+    return set_error("ERR_LC_ARGUMENT", (std::string(op) + ": LCTX_GEMM=" + std::getenv("LCTX_GEMM") + ": expected portable, hopper or cublaslt; leave it out for the best there is").c_str());
+  if (*choice == GemmChoice::hopper && !gemm_has_hopper())
+    return set_error("ERR_LC_CUDA", (std::string(op) + ": LCTX_GEMM=hopper needs a card of compute capability 9.0, its shared memory (LCTX_SMEM_LIMIT) and a build with target 90a").c_str());
+  if (*choice == GemmChoice::cublaslt && !*cublaslt_path())
+    return set_error("ERR_LC_CUDA", (std::string(op) + ": LCTX_GEMM=cublaslt, but libcublasLt.so.13 or .12 was not found; set LCTX_CUBLASLT to its path").c_str());
+  return 0;
+}
+
 }  // namespace
 
 int gemm(const lctx_gemm_params* p) {
   void* stream;
-  if (stream_of(p->device_id, p->stream, &stream)) return -1;
-  if (p->backend != 1) {
+  GemmChoice choice;
+  if (stream_of(p->device_id, p->stream, &stream) || choose(&choice, "gemm")) return -1;
+  const bool own = p->backend == 1 || (p->backend == 0 && (choice == GemmChoice::portable || choice == GemmChoice::hopper));
+  if (!own) {
     const int rc = cublaslt_gemm(p, stream);
     if (rc <= 0) return rc;
     if (p->backend == 2 && p->m && p->n && p->k)
@@ -64,7 +80,8 @@ int gemm(const lctx_gemm_params* p) {
 
 int grouped_gemm(const lctx_grouped_gemm_params* p) {
   void* stream;
-  if (stream_of(p->device_id, p->stream, &stream)) return -1;
+  GemmChoice choice;
+  if (stream_of(p->device_id, p->stream, &stream) || choose(&choice, "groupedGemm")) return -1;
   GemmLaunch g{p->a, p->b, p->c, p->mode == 0 ? p->rows : p->m, p->n, p->mode == 0 ? p->k : p->rows, p->lda, p->ldb, p->ldc, p->stride_b, p->stride_c, p->alpha, p->beta,
                p->mode == 1, p->mode == 0 && p->trans_b, p->c_dtype == LCTX_F32, p->offsets, p->experts, p->mode, 1, 0, false};
   return run(g, p->device_id, p->a_dtype, p->b_dtype, p->c_dtype, stream, "groupedGemm");
