@@ -21,6 +21,7 @@ import {
 } from '@lc/tensor';
 import { copyRate, noise } from './bandwidth.js';
 import { Clock } from './clock.js';
+import { narrowProducts } from './narrow.js';
 import { count, fixed, newReport, type Report, type Row, text } from './report.js';
 
 function indices(scope: Scope, device: DeviceLike, values: Int32Array): Tensor {
@@ -41,6 +42,7 @@ export async function benchRows(device: DeviceLike): Promise<Report> {
   const out = noise(scope, device, [tokens, width], { seed: 3 });
   const bytes = x.nbytes;
   const moved: Row[] = [];
+  const peer = await copyRate(clock, device, bytes);
   {
     using own = new Scope();
     const w = noise(own, device, [width]);
@@ -56,7 +58,6 @@ export async function benchRows(device: DeviceLike): Promise<Report> {
     );
     const d = width % 64 === 0 ? 64 : 48;
     const heads = { x: x.view([tokens, width / d, d]), out: out.view([tokens, width / d, d]), weight: w.rows(0, d) };
-    const peer = await copyRate(clock, device, bytes);
     const act = bytes / (tokens * width);
     const row = async (name: string, times: number, launch: () => void): Promise<void> => {
       const ms = await clock.time(launch, { times: 5, warm: 3 });
@@ -86,6 +87,7 @@ export async function benchRows(device: DeviceLike): Promise<Report> {
     ],
     rows: moved,
   });
+  report.tables.push(await narrowProducts(clock, device, peer));
   report.tables.push(await products(clock, device, { x, tokens, width }));
   return report;
 }
