@@ -36,13 +36,21 @@ export function longestPlanned(model: CausalLM, c: Omit<StepCase, 'tokens'>, abo
   return low * unit;
 }
 
-/** A length that turns out not to fit gives way to one 2% shorter, eight times at most. */
-export async function search(model: CausalLM, c: Omit<StepCase, 'tokens'>, io: StepIo): Promise<SearchResult> {
+/**
+ * A length that turns out not to fit gives way to one 2% shorter, eight times at most.
+ * @param tell what is about to be reserved and executed
+ */
+export async function search(
+  model: CausalLM,
+  c: Omit<StepCase, 'tokens'>,
+  io: StepIo,
+  tell: (tokens: number) => void = () => {},
+): Promise<SearchResult> {
   const refused: number[] = [];
   applyCaps(model.device, c);
   let tokens = longestPlanned(model, c);
   for (let attempt = 0; tokens > 0 && attempt < 9; attempt++) {
-    io.onProgress?.(`${tokens} tokens`);
+    tell(tokens);
     const probe = await runStep(model, { ...c, tokens, probe: true }, io);
     if (probe.fits) return { maxTokens: tokens, probe, refused };
     refused.push(tokens);

@@ -97,7 +97,9 @@ export async function benchStep(device: DeviceLike, o: StepBenchOptions): Promis
   if (o.search) {
     report.tables.push(stepTable(rows, 'Longest lengths (memory probes: all layers reserved, two executed)'));
     ticker.about('search');
-    const { maxTokens, probe, refused } = await search(model, o.shared, io);
+    const { maxTokens, probe, refused } = await search(model, o.shared, io, (tokens) =>
+      ticker.about(`search: probe of ${count(tokens)} tokens`),
+    );
     fits = maxTokens > 0;
     add({ ...(probe ?? { tokens: 0, name: '', fits: false, probe: true, reason: 'no length fits' }), maxTokens, refused });
     return { report, fits };
@@ -153,7 +155,7 @@ export async function benchTable1(device: DeviceLike, o: Table1Options): Promise
     save(report, o);
     if (!o.search) continue;
     ticker.about(`${label}, longest`);
-    row.longest = await search(model, shared, io);
+    row.longest = await search(model, shared, io, (tokens) => ticker.about(`${label}, longest: probe of ${count(tokens)} tokens`));
     save(report, o);
   }
   return report;
