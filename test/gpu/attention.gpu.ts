@@ -3,7 +3,7 @@
  * strictest form: everything exact except that P and dS (operands of tensor cores), O and dQ are rounded to bf16.
  */
 import { attentionBackward, attentionForward, type RopeTable, reference, ropeBackward, ropeForward, ropeInit } from '@lc/attention';
-import { copy, type DType, empty, fill, fromTypedArray, Scope, type Tensor, Workspace, zeros } from '@lc/tensor';
+import { copy, type DType, devices, empty, fill, fromTypedArray, Scope, type Tensor, Workspace, zeros } from '@lc/tensor';
 import { randomNormal as random } from '../../packages/tensor/src/seeded.js';
 import { assert, largeTest, test, thin } from './harness.js';
 
@@ -179,11 +179,32 @@ function distance(a: ArrayLike<number>, b: ArrayLike<number>): number {
 const norm = (a: ArrayLike<number>): number => distance(a, new Float64Array(a.length));
 
 let worst = { ratio: 0, where: '' };
+const expectations = new WeakMap<Problem, { want: Results; plain: Plain }>();
+function expectation(p: Problem): { want: Results; plain: Plain } {
+  let found = expectations.get(p);
+  if (!found) {
+    const { out, lse } = reference.forward(p);
+    found = { want: { out, lse, ...reference.backward(p) } as Results, plain: plainBf16(p, lse) };
+    expectations.set(p, found);
+  }
+  return found;
+}
+
+/** A Hopper card runs its own kernels where it can; there everything is tested on the portable ones too. */
+const onHopper = devices().some((d) => d.device === 'cuda:0' && d.computeCapability === '9.0') && !process.env.LCTX_SMEM_LIMIT;
+const paths = onHopper ? ['', 'portable'] : [''];
+async function onPath<T>(path: string, fn: () => Promise<T>): Promise<T> {
+  if (path) process.env.LCTX_ATTENTION = path;
+  try {
+    return await fn();
+  } finally {
+    delete process.env.LCTX_ATTENTION;
+  }
+}
+
 /** f32 sums in another order (and dk, dv that begin at 1) are off by some 1e-6 of what they add. */
 function check(name: string, p: Problem, got: Results): void {
-  const { out, lse } = reference.forward(p);
-  const want: Results = { out, lse, ...reference.backward(p) } as Results;
-  const plain = plainBf16(p, lse);
+  const { want, plain } = expectation(p);
   for (const key of Object.keys(want) as (keyof Results)[]) {
     if (key === 'dSinks' && !p.sinks) continue;
     const error = distance(got[key], want[key]);
@@ -224,6 +245,8 @@ cases.push(
   ['head dim 208', { n: 77, heads: 4, kvHeads: 1, headDim: 208, window: 20 }],
   ['head dim 80', { n: 77, heads: 4, kvHeads: 2, headDim: 80, sinks: true }],
   ['head dim 8', { n: 77, heads: 4, kvHeads: 2, headDim: 8, start: 33 }],
+  ['large scores beyond f32 from tile to tile', { n: 500, heads: 8, kvHeads: 1, headDim: 64, spread: 250, sinks: true }],
+  ['large scores beyond f32 from tile to tile, x 128', { n: 500, heads: 4, kvHeads: 1, headDim: 128, spread: 250 }],
   ['scale 0', { n: 140, heads: 2, kvHeads: 2, headDim: 64, scale: 0 }],
   ['negative scale', { n: 140, heads: 2, kvHeads: 2, headDim: 64, scale: -0.3, sinks: true }],
 );
@@ -232,17 +255,20 @@ test('attention: forward and backward against f64, twice the plain bf16 error; t
   const failures: string[] = [];
   for (const [name, c] of thin(cases, 3)) {
     const p = makeProblem(c);
-    const got = await run(p);
-    try {
-      check(name, p, got);
-      const again = await run(p);
-      for (const key of Object.keys(got) as (keyof Results)[])
-        assert(
-          got[key].every((x, i) => Object.is(x, again[key][i])),
-          `${name}: ${key} has other bits the second time`,
-        );
-    } catch (error) {
-      failures.push((error as Error).message);
+    for (const path of paths) {
+      const what = `${name} ${path}`;
+      const got = await onPath(path, () => run(p));
+      try {
+        check(what, p, got);
+        const again = await onPath(path, () => run(p));
+        for (const key of Object.keys(got) as (keyof Results)[])
+          assert(
+            got[key].every((x, i) => Object.is(x, again[key][i])),
+            `${what}: ${key} has other bits the second time`,
+          );
+      } catch (error) {
+        failures.push((error as Error).message);
+      }
     }
   }
   console.log(`     ${thin(cases, 3).length} cases; largest error over allowed: ${worst.ratio.toFixed(2)} (${worst.where})`);
@@ -278,9 +304,11 @@ test('attention: backward in no fixed order is as exact; all but dQ keeps its bi
 
 test('attention: chunks', async () => {
   const p = makeProblem({ n: 300, heads: 4, kvHeads: 2, headDim: 64, window: 90, documents: [0, 111, 112, 250], sinks: true });
-  check('chunks', p, await run(p, [1, 7, 131]));
   const q = makeProblem({ n: 300, heads: 2, kvHeads: 1, headDim: 64, sinks: true });
-  check('long chunks', q, await run(q, [128]));
+  for (const path of paths) {
+    check(`chunks ${path}`, p, await onPath(path, () => run(p, [1, 7, 131])));
+    check(`long chunks ${path}`, q, await onPath(path, () => run(q, [128])));
+  }
 });
 
 test('attention: NaN comes out as NaN in its own row; a sink of minus infinity is none', async () => {
@@ -296,6 +324,30 @@ test('attention: NaN comes out as NaN in its own row; a sink of minus infinity i
       none[key].every((x, i) => x === minus[key][i]),
       key,
     );
+});
+
+test('attention: LCTX_ATTENTION picks the kernels, or says why not', async () => {
+  const forward = (headDim: number, path: string): Promise<string> =>
+    onPath(path, async () => {
+      using scope = new Scope();
+      using ws = new Workspace({ device: 'cuda' });
+      const make = (shape: number[], dtype: DType): Tensor => scope.own(zeros(shape, { dtype, device: 'cuda' }));
+      const [q, k, v, out] = [5, 5, 5, 5].map((n) => make([n, 2, headDim], 'bf16')) as [Tensor, Tensor, Tensor, Tensor];
+      try {
+        attentionForward({ q, k, v, out, lse: make([5, 2], 'f32'), start: 0, ws });
+        return 'runs';
+      } catch (error) {
+        return `${(error as { code?: string }).code}: ${(error as Error).message}`;
+      }
+    });
+  for (const headDim of [32, 64, 128]) assert((await forward(headDim, 'portable')) === 'runs', 'portable');
+  for (const [got, want] of [
+    [await forward(64, 'hopper'), onHopper ? /^runs$/ : /^ERR_LC_DEVICE.*(compute capability 9\.0|no code for Hopper|LCTX_SMEM_LIMIT)/],
+    [await forward(128, 'hopper'), onHopper ? /^runs$/ : /^ERR_LC_DEVICE/],
+    [await forward(32, 'hopper'), /^ERR_LC_DEVICE.*LCTX_ATTENTION=hopper: .*unset it/],
+    [await forward(64, 'fast'), /^ERR_LC_ARGUMENT.*'portable' or 'hopper'/],
+  ] as const)
+    assert(want.test(got), got);
 });
 
 test('attention: what a GPU does not take is refused', () => {

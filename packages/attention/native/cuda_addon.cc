@@ -2,6 +2,7 @@
 #include "cuda_addon.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "cuda_kernels.h"
 #include "lctx/cuda_glue.h"
@@ -78,6 +79,15 @@ Problem problem(const Args& a, const View& q) {
   return p;
 }
 
+/* Whether a pass runs on Hopper's own kernels. `refused`: why they do not take this problem, or null; asked with q's device current. */
+bool on_hopper(const Args& a, const char* refused) {
+  const char* wish = std::getenv("LCTX_ATTENTION");
+  const std::string path = wish ? wish : "";
+  require(a, path.empty() || path == "portable" || path == "hopper", "ERR_LC_ARGUMENT", "LCTX_ATTENTION=" + path + ": expected 'portable' or 'hopper', or leave it unset");
+  require(a, path != "hopper" || refused == nullptr, "ERR_LC_DEVICE", std::string("LCTX_ATTENTION=hopper: ") + (refused ? refused : "") + "; unset it to take the portable kernels");
+  return path != "portable" && refused == nullptr;
+}
+
 View same_rows(const Args& a, const char* key, const View& q) {
   const View v = rows(a, key, LCTX_BF16, &q);
   require(a, v.shape[0] == q.shape[0] && v.shape[1] == q.shape[1] && v.shape[2] == q.shape[2], "ERR_LC_SHAPE", "q, out, dout and dq must have one shape");
@@ -94,7 +104,7 @@ void forward(const Args& a) {
   f.out = out.data, f.out_stride = out.row_stride();
   f.lse = needed<float>(a, "lse", LCTX_F32, q.shape[0] * q.shape[1], q);
   const cudaStream_t stream = lctx::cuda_stream(a, q);
-  launched(a, forward(f, stream));
+  launched(a, on_hopper(a, hopper_forward_refuses(f.p)) ? hopper_forward(f, stream) : forward(f, stream));
 }
 
 void backward(const Args& a) {

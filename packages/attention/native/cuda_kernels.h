@@ -64,6 +64,9 @@ struct Rope {
 };
 
 int forward(const Forward& f, void* stream);
+/* Hopper cards: why not for this problem, or null; and the pass itself. */
+const char* hopper_forward_refuses(const Problem& p);
+int hopper_forward(const Forward& f, void* stream);
 int backward(const Backward& b, void* stream); /* all of the following, in order */
 int backward_delta(const Backward& b, void* stream);
 int backward_kv(const Backward& b, void* stream);
