@@ -3,7 +3,7 @@ import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { joinDocuments, PackedDataset, type PackedSequence } from '@lc/data';
-import { deviceMemory } from '@lc/tensor';
+import { deviceMemory, setRamLimit } from '@lc/tensor';
 import { expectNoLeaks, seededRandom } from '@lc/tensor/testing';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { writeFolderAtomic } from '../src/files.js';
@@ -111,6 +111,38 @@ describe('SFTTrainer', () => {
     const { model: loaded, tokenizer } = await FastLanguageModel.fromPretrained(tiny, { maxSeqLength: 128, tile: 32, adapter: folder });
     using _ = loaded;
     expect(await loaded.generateText(tokenizer, 'The state', { maxNewTokens: 3 })).toBeTypeOf('string');
+  });
+
+  it('makes its plan again for a longer sequence and for smaller limits, and goes on as if nothing had happened', async () => {
+    const run = async (name: string, again: boolean) =>
+      withModel(async (model) => {
+        const sequences = [40, 40, 90, 40].map((length, i) => joinDocuments([document(length, i + 70)]));
+        const reasons: (string | undefined)[] = [];
+        using trainer = new SFTTrainer({
+          model,
+          trainDataset: fixed(sequences),
+          args: args(name, { maxSeqLength: again ? 48 : 96 }),
+          onEvent: (event) => {
+            if (event.type === 'plan') reasons.push(event.reason);
+            if (again && event.type === 'step' && event.step === 3) {
+              const live = deviceMemory('cpu').liveBytes + deviceMemory('host').liveBytes;
+              trainer.setLimits({ ramLimit: live - (trainer.plan().predictedHostBytes + 1000) }); // less than what is held
+            }
+          },
+        });
+        const { losses } = await trainer.train();
+        return { losses, parameters: parameters(model), reasons };
+      });
+    try {
+      const plain = await run('one-plan', false);
+      const planned = await run('plans', true);
+      expect(plain.reasons).toEqual([undefined]);
+      expect(planned.reasons).toEqual([undefined, 'a sequence of 90 tokens', expect.stringMatching(/^ramLimit none -> \d+$/)]);
+      expect(planned.losses.slice(0, 3)).toEqual(plain.losses.slice(0, 3)); // the same sizes: the same bits
+      for (const [i, loss] of planned.losses.entries()) expect(loss).toBeCloseTo(plain.losses[i] as number, 4);
+    } finally {
+      setRamLimit(null);
+    }
   });
 
   it('accumulation, batch and packing give the same step: the loss divides by all supervised tokens', async () => {
