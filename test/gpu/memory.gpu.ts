@@ -16,7 +16,7 @@ import {
 } from '@lc/tensor';
 import { seededRandom } from '@lc/tensor/testing';
 import { type ReserveOptions, reserveStep } from '@lc/trainer';
-import { assert, largeTest, test } from './harness.js';
+import { assert, largeTest } from './harness.js';
 
 const MiB = 2 ** 20;
 const GiB = 2 ** 30;
@@ -45,7 +45,7 @@ function nvidiaSmi(): string {
   }
 }
 
-test('vram: limit, what the driver counts, and an allocator that stays within', async () => {
+largeTest('vram: limit, what the driver counts, and an allocator that stays within', async () => {
   const before = processMemory('cuda');
   say(
     `this process: ${mib(before.bytes)}, ${mib(before.bytes - before.poolBytes)} of them outside the pool, counted by '${before.source}'; nvidia-smi: ${nvidiaSmi()}`,
@@ -96,7 +96,7 @@ test('vram: limit, what the driver counts, and an allocator that stays within', 
   }
 });
 
-test("vram: the pool's rounding, and its waste beside large allocations", () => {
+largeTest("vram: the pool's rounding, and its waste beside large allocations", () => {
   const base = processMemory('cuda');
   const held = [0.3, 5, 33, 100.3, 100.3, 100.3, 700.7].map((m) => empty([Math.floor(m * MiB)], { dtype: 'u8', device: 'cuda' }));
   const { poolBytes, poolUsedBytes, bytes } = processMemory('cuda');

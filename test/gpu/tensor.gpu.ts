@@ -31,7 +31,7 @@ import {
   zeros,
 } from '@lc/tensor';
 import { randomNormal as random } from '../../packages/tensor/src/seeded.js';
-import { assert, largeTest, small, test } from './harness.js';
+import { assert, largeTest, small, test, thin } from './harness.js';
 
 const count = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
 
@@ -102,6 +102,7 @@ test('devices and errors', () => {
     code = (error as { code: string }).code;
   }
   assert(code === 'ERR_LC_NO_DEVICE', `cuda:9 gave ${code}`);
+  if (small) return; // compute-sanitizer would report the driver's refusal
   try {
     empty([2 ** 40], { device: 'cuda' });
   } catch (error) {
@@ -581,14 +582,16 @@ test('streams and events: disposed ones are refused; one that is waited for is f
     gemm({ a, b: a, c, stream: s });
     s.synchronize();
   }
-  assert(memInfo('cuda').freeBytes > free - (64 << 20), 'streams that are gone keep memory');
+  // (A small run shares its card with others, which take memory too.)
+  assert(small || memInfo('cuda').freeBytes > free - (64 << 20), 'streams that are gone keep memory');
 });
 
 gemmTest('gemm: large tiles, all transposes, edges', async () => {
-  const [m, n, k] = [2312, 1416, 200];
+  // A small run has each side transposed once.
+  const [m, n, k] = [2312, 1416, small ? 72 : 200];
   for (const ta of [false, true]) {
-    for (const tb of [false, true]) {
-      for (const cType of ['bf16', 'f32'] as const) {
+    for (const tb of small ? [!ta] : [false, true]) {
+      for (const cType of small ? (['bf16'] as const) : (['bf16', 'f32'] as const)) {
         const a = make(ta ? [k, m] : [m, k], 'bf16', 1);
         const b = make(tb ? [n, k] : [k, n], 'bf16', 2);
         using c = make([m, n], cType, 3).gpu;
@@ -616,8 +619,8 @@ gemmTest('gemm: large tiles, all transposes, edges', async () => {
 test('embedding gradient: few and many tokens of an id, more than are ranked at once; the same bits twice', async () => {
   for (const [n, width, vocab, dtype] of [
     [33, 7, 5, 'f32'],
-    [17_000, 24, 300, 'bf16'],
-    [16_385, 9, 3, 'bf16'],
+    [small ? 700 : 17_000, 24, 300, 'bf16'],
+    [16_385, small ? 2 : 9, 3, 'bf16'],
   ] as const) {
     const dout = make([n, width], dtype, 1);
     // One id has a third of the tokens, another nearly none.
@@ -691,8 +694,8 @@ test('gemm: narrow products', async () => {
   ] as const) {
     cases.push([wide, rank, k, 'bf16', 'f32', 'f32', true, false], [rank, wide, k, 'f32', 'bf16', 'f32', true, false]);
   }
-  for (const [i, [m, n, k, aType, bType, cType, transA, transB]] of cases.entries()) {
-    for (const pad of [0, 8, 3]) {
+  for (const [i, [m, n, k, aType, bType, cType, transA, transB]] of thin([...cases.entries()], 3)) {
+    for (const pad of thin([0, 8, 3], 2)) {
       const a = make(transA ? [k, m] : [m, k], aType, 3 * i, pad);
       const b = make(transB ? [n, k] : [k, n], bType, 3 * i + 1, pad);
       const { sum, magnitude } = gemmReference(a.values, b.values, m, n, k, transA, transB);
@@ -883,7 +886,7 @@ test('row ops: norms of heads, wide rows, many rows; the same bits twice', async
   for (const [tokens, heads, width] of [
     [300, 5, 64],
     [77, 3, 128],
-    [700, 1, 2880],
+    [small ? 70 : 700, 1, 2880],
     [40, 1, 8192],
     [20, 1, 8200],
     [5, 3, 1032],
@@ -944,7 +947,7 @@ test('row ops: norms of heads, wide rows, many rows; the same bits twice', async
       );
     }
   }
-  const [rows, width] = [5000, 72];
+  const [rows, width] = [small ? 700 : 5000, 72];
   const x = make([rows, width], 'bf16', 4);
   using sums = zeros([width], { device: 'cuda' });
   sumRows({ x: x.gpu, out: sums, accumulate: true });
