@@ -1,4 +1,4 @@
-/** `lc bench gemm`: x W^T on gpt-oss shapes, lc's own kernel beside cuBLASLt where it is found, in one run on random data. */
+/** `lc bench gemm`: x W^T on gpt-oss shapes, lc's own kernels (best and portable) beside cuBLASLt where it is found, in one run on random data. */
 import { cublasLt, type DeviceLike, gemm, Scope, type Tensor } from '@lc/tensor';
 import { noise } from './bandwidth.js';
 import { Clock, median } from './clock.js';
@@ -17,6 +17,18 @@ const shapes = {
     [512, 1024, 720],
   ],
 } as const;
+
+/** Launches with the portable kernel alone, as on a card that has no other. */
+export function portable(launch: () => void): void {
+  const before = process.env.LCTX_GEMM;
+  process.env.LCTX_GEMM = 'portable';
+  try {
+    launch();
+  } finally {
+    if (before === undefined) delete process.env.LCTX_GEMM;
+    else process.env.LCTX_GEMM = before;
+  }
+}
 
 /** The backends take turns in rounds of about `flopPerRound`, so that clocks and heat are the same for both; `best` is the fastest of three short rounds from a cool start. */
 async function measure(
@@ -53,11 +65,15 @@ export async function benchGemm(device: DeviceLike): Promise<Report> {
       noise(scope, device, [n, k], { seed: 2 }),
       noise(scope, device, [m, n], { seed: 3 }),
     ] as [Tensor, Tensor, Tensor];
-    const launches = (peer ? ([1, 2] as const) : ([1] as const)).map((backend) => () => gemm({ a, b, c, transB: true, backend }));
-    const [ours, theirs] = await measure(clock, launches, 2 * m * n * k, onGpu ? 2e14 : 1e8);
+    const launches = [() => gemm({ a, b, c, transB: true, backend: 1 })];
+    if (onGpu) launches.push(() => portable(() => gemm({ a, b, c, transB: true, backend: 1 })));
+    if (peer) launches.push(() => gemm({ a, b, c, transB: true, backend: 2 }));
+    const [ours, lesser, theirs] = await measure(clock, launches, 2 * m * n * k, onGpu ? 2e14 : 1e8);
     if (!ours) continue;
     rows.push({
       ...{ shape: `${m} x ${n} x ${k}`, ms: (2 * m * n * k) / ours.median / 1e9, tflops: ours.median, bestTflops: ours.best },
+      ...(lesser ? { portableTflops: lesser.median } : {}),
+      ...(lesser && theirs ? { portableRatio: lesser.median / theirs.median } : {}),
       ...(theirs
         ? { peerTflops: theirs.median, ratio: ours.median / theirs.median, peerBestTflops: theirs.best, bestRatio: ours.best / theirs.best }
         : {}),
@@ -71,6 +87,8 @@ export async function benchGemm(device: DeviceLike): Promise<Report> {
       ['lc, TFLOP/s', fixed('tflops', digits)],
       ['cuBLASLt', fixed('peerTflops', 0)],
       ['ratio', fixed('ratio', 2)],
+      ['portable kernel', fixed('portableTflops', 0)],
+      ['ratio', fixed('portableRatio', 2)],
       ['short rounds: lc', fixed('bestTflops', digits)],
       ['cuBLASLt', fixed('peerBestTflops', 0)],
       ['ratio', fixed('bestRatio', 2)],

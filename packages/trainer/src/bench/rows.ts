@@ -21,6 +21,7 @@ import {
 } from '@lc/tensor';
 import { copyRate, noise } from './bandwidth.js';
 import { Clock } from './clock.js';
+import { portable } from './gemm.js';
 import { narrowProducts } from './narrow.js';
 import { count, fixed, newReport, type Report, type Row, text } from './report.js';
 
@@ -135,6 +136,10 @@ async function products(clock: Clock, device: DeviceLike, { x, tokens, width }: 
   const title = `${experts} uneven experts, ${count(routed)} rows`;
   await product(`grouped x W^T, ${title}`, flop, () => groupedGemm({ a: xs, b: ws, c: ys, offsets, transB: true }));
   await product('grouped x W', flop, () => groupedGemm({ a: xs, b: ws, c: ys, offsets }));
+  if (onGpu)
+    await product('grouped x W^T, portable kernel', flop, () =>
+      portable(() => groupedGemm({ a: xs, b: ws, c: ys, offsets, transB: true })),
+    );
   await product('grouped weight gradient', flop, () => groupedGemmWeightGrad({ a: ys, b: xs, c: dw, offsets }));
   await product('one dense product of that size, lc', flop, () =>
     gemm({ a: xs, b: ws.view([experts * width, width]).rows(0, width), c: ys, transB: true, backend: 1 }),
