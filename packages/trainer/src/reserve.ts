@@ -152,9 +152,9 @@ const isOutOfMemory = (error: unknown): error is Error =>
 /** Which budget an allocator's error is about. */
 const budgetOf = (error: Error): Budget => (/ on cuda:\d+|VRAM/.test(error.message) ? 'VRAM' : 'RAM');
 
-/** What `reserveStep` would begin with, from what is free now: nothing is taken. @throws ERR_LC_ARGUMENT */
+/** What `reserveStep` would begin with, from what is free now: nothing is taken. `maxTokens` is not searched. @throws ERR_LC_ARGUMENT */
 export function planStep(o: ReserveOptions): Plan {
-  return plan(planOptions(o, o.model.device, budgetsOf(o)));
+  return plan({ ...planOptions(o, o.model.device, budgetsOf(o)), maxTokens: false });
 }
 
 /**
@@ -172,16 +172,17 @@ export function reserveStep(o: ReserveOptions): Reservation {
   applyLimits(device, o);
   const budgets = { ...budgetsOf(o) };
   for (;;) {
-    const p = plan(planOptions(o, device, budgets));
-    if (!p.fits) throw doesNotFit(o, p, attempts);
+    const wanted = planOptions(o, device, budgets);
+    const p = plan({ ...wanted, maxTokens: false });
+    if (!p.fits) throw doesNotFit(o, plan(wanted), attempts);
     try {
       return take(o, p, attempts);
     } catch (error) {
       if (!isOutOfMemory(error)) throw error;
       const failed = error instanceof NotPinned ? 'pinned' : budgetOf(error);
       attempts.push({ plan: p, failed, message: error.message });
-      if (attempts.length >= MAX_ATTEMPTS) throw doesNotFit(o, p, attempts);
       shrink(budgets, p, failed, device, attempts.length);
+      if (attempts.length >= MAX_ATTEMPTS) throw doesNotFit(o, plan(planOptions(o, device, budgets)), attempts);
     }
   }
 }

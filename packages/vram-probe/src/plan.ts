@@ -56,6 +56,7 @@ interface Sizes {
   keep: number;
 }
 
+/** @param quick while searching: the same bytes without a list of every chunk */
 function measure(o: PlanOptions, sizes: Sizes, budgets: Budgets, quick: boolean): Plan {
   const { tokens, chunk, tile, lossChunk, layersPerSegment, keep } = sizes;
   const m = o.model;
@@ -185,14 +186,14 @@ const LEAST_CHUNK_KEPT = { cpu: 256, cuda: 4096 } as const;
 /**
  * The sizes that fit, tried in the order in which they cost speed: first fewer checkpoints on the device (`measure` gives them what is left), then smaller
  * tiles and loss chunks, then smaller chunks, then fewer kept outputs, then, where the user permits it, more layers per checkpoint.
- * @param quick while searching: the same sizes without a list of every chunk
  */
-function best(o: PlanOptions, tokens: number, budgets: Budgets, quick: boolean): Plan {
+function best(o: PlanOptions, tokens: number, budgets: Budgets): Plan {
   const device = o.device ?? 'cpu';
   const losses = lossChunks(o, tokens);
-  const segments = o.layersPerSegment === 'auto' ? [1, 2, 3, 4].filter((k) => k <= o.model.numHiddenLayers) : [o.layersPerSegment ?? 1];
   let smallest: Plan | undefined;
-  for (const layersPerSegment of segments) {
+  for (const layersPerSegment of segmentChoices(o)) {
+    smallest = least(o, tokens, budgets, layersPerSegment);
+    if (!smallest.fits) continue;
     for (const keep of keepChoices(o)) {
       for (const wanted of o.chunk ? [o.chunk] : CHUNKS[device]) {
         const chunk = Math.min(wanted, tokens);
@@ -202,8 +203,7 @@ function best(o: PlanOptions, tokens: number, budgets: Budgets, quick: boolean):
           const sizes = { tokens, chunk, tile, layersPerSegment, keep };
           for (const lossChunk of losses) {
             const p = measure(o, { ...sizes, lossChunk }, budgets, true);
-            if (p.fits) return quick ? p : measure(o, { ...sizes, lossChunk }, budgets, false);
-            smallest = p;
+            if (p.fits) return measure(o, { ...sizes, lossChunk }, budgets, false);
             if (p.bytes.lossWork < p.bytes.workspace) break; // a smaller loss chunk saves nothing
           }
         }
@@ -211,6 +211,19 @@ function best(o: PlanOptions, tokens: number, budgets: Budgets, quick: boolean):
     }
   }
   return smallest as Plan;
+}
+
+const segmentChoices = (o: PlanOptions): number[] =>
+  o.layersPerSegment === 'auto' ? [1, 2, 3, 4].filter((k) => k <= o.model.numHiddenLayers) : [o.layersPerSegment ?? 1];
+
+/** The plan that takes least: what it does not fit, nothing does. */
+function least(o: PlanOptions, tokens: number, budgets: Budgets, layersPerSegment: number): Plan {
+  const device = o.device ?? 'cpu';
+  const keep = keepChoices(o).at(-1) as number;
+  const chunk = Math.min(tokens, o.chunk ?? (CHUNKS[device].at(-1) as number));
+  const tile = o.tile ?? (TILES[device].at(-1) as number);
+  const lossChunk = lossChunks(o, tokens).at(-1) as number;
+  return measure(o, { tokens, chunk, tile, lossChunk, layersPerSegment, keep }, budgets, true);
 }
 
 /**
@@ -225,17 +238,19 @@ export function plan(options: PlanOptions): Plan {
     vram: options.vramBudget ?? (options.device === 'cuda' ? memInfo('cuda').freeBytes : freeRam()) * 0.9,
     ram: options.ramBudget ?? freeRam() * 0.9,
   };
-  const p = best(options, options.tokens, budgets, false);
+  const p = best(options, options.tokens, budgets);
+  if (options.maxTokens === false) return p;
+  const fits = (tokens: number): boolean => segmentChoices(options).some((k) => least(options, tokens, budgets, k).fits);
   // Bytes grow with the length, so the longest that fits is found by bisection.
   let low = p.fits ? options.tokens : 0;
   let high = p.fits ? options.tokens * 2 : options.tokens;
-  while (p.fits && high < 2 ** 34 && best(options, high, budgets, true).fits) {
+  while (p.fits && high < 2 ** 34 && fits(high)) {
     low = high;
     high *= 2;
   }
   while (high - low > Math.max(1, low >> 10)) {
     const middle = Math.floor((low + high) / 2);
-    if (middle >= 1 && best(options, middle, budgets, true).fits) low = middle;
+    if (middle >= 1 && fits(middle)) low = middle;
     else high = middle;
   }
   return { ...p, reasons: p.fits ? [] : [...p.reasons, ...remedies(options, p, budgets)], maxTokens: low };
@@ -245,7 +260,7 @@ export function plan(options: PlanOptions): Plan {
 function remedies(o: PlanOptions, p: Plan, budgets: Budgets): string[] {
   for (const layersPerSegment of [2, 3, 4]) {
     if (o.layersPerSegment === 'auto' || layersPerSegment <= p.segment || layersPerSegment > o.model.numHiddenLayers) continue;
-    if (best({ ...o, layersPerSegment }, o.tokens, budgets, true).fits) return [`it would fit with layersPerSegment: ${layersPerSegment}`];
+    if (least(o, o.tokens, budgets, layersPerSegment).fits) return [`it would fit with layersPerSegment: ${layersPerSegment}`];
   }
   return [];
 }

@@ -59,6 +59,8 @@ export interface PlanOptions {
   tile?: number;
   lossChunk?: number;
   checkpointDeviceBytes?: number;
+  /** false: leave the search for the longest length that fits out (`Plan.maxTokens` is 0 then). Default true. */
+  maxTokens?: boolean;
 }
 
 export interface Plan {
