@@ -11,14 +11,14 @@ namespace lctx::chunked_ce::cuda {
 
 constexpr int THREADS = 512;
 
-/* A logit with its bias, scaled and capped. PLAIN: neither bias nor cap. */
+/* A logit with its bias, scaled and capped. PLAIN: there is nothing to do, and no label smoothing either. */
 template <bool PLAIN>
 struct Transform {
   DeviceRows bias;
   float scale, cap;
   __device__ __forceinline__ explicit Transform(const Rows& p) : bias(p.bias), scale(p.logit_scale), cap(p.soft_cap) {}
   __device__ __forceinline__ float operator()(float v, int64_t j) const {
-    if constexpr (PLAIN) return v * scale;
+    if constexpr (PLAIN) return v;
     if (bias.data) v += load_any(bias, j);
     v *= scale;
     return cap > 0 ? cap * tanhf(v / cap) : v;
@@ -90,7 +90,7 @@ __device__ __forceinline__ void store(__nv_bfloat16* d, const float (&g)[N]) {
 bool one_read(const Rows& p, cudaStream_t stream, int* status);
 int two_reads(const Rows& p, cudaStream_t stream);
 inline bool starts_on_16_bytes(const Rows& p) { return p.ld % 4 == 0 && reinterpret_cast<uintptr_t>(p.logits) % 16 == 0; }
-inline bool is_plain(const Rows& p) { return p.bias.data == nullptr && p.soft_cap <= 0; }
+inline bool is_plain(const Rows& p) { return p.bias.data == nullptr && p.soft_cap <= 0 && p.logit_scale == 1 && p.label_smoothing == 0; }
 
 }  // namespace lctx::chunked_ce::cuda
 #endif

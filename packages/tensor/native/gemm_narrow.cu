@@ -13,7 +13,7 @@ Kind kind_of(const GemmLaunch& p, bool a_f32, bool b_f32) {
   }
   if (!b_f32) return Kind::kNone;
   if (!a_f32) return p.n <= 128 ? Kind::kRows : Kind::kNone;
-  return p.k <= 32 ? Kind::kUpdate : Kind::kNone;
+  return p.k <= 64 ? Kind::kUpdate : Kind::kNone;
 }
 
 }  // namespace
@@ -32,7 +32,7 @@ bool launch_gemm_narrow(const GemmLaunch& p, bool a_f32, bool b_f32, void* strea
 int32_t gemm_narrow_splits(const GemmLaunch& p, bool a_f32, bool b_f32) {
   if (kind_of(p, a_f32, b_f32) != Kind::kGradient) return 0;
   const int64_t width = a_f32 ? p.n : p.m, rank = a_f32 ? p.m : p.n;
-  const int64_t tiles = (width + 63) / 64 * ((rank + 31) / 32), wanted = 528 / tiles, most = p.k / 256;
+  const int64_t tiles = (width + 63) / 64 * ((rank + 31) / 32), wanted = 264 / tiles, most = p.k / 256;
   const int64_t splits = wanted < most ? wanted : most;
   return splits < 2 ? 1 : splits > 64 ? 64 : static_cast<int32_t>(splits);
 }

@@ -19,7 +19,7 @@ constexpr int WARPS = 8, THREADS = WARPS * 32;
 
 /* c = a b + c of 16 x 8 x 16. */
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
@@ -56,12 +56,12 @@ __device__ __forceinline__ uint4 load8(const __nv_bfloat16* at, int64_t valid) {
   return v;
 }
 
-/* Adds up the sums of the block's warps: afterwards warp 0 holds the total. The order is fixed. `scratch`: WARPS / 2 * 32 * N floats. */
-template <int N>
+/* Adds up the sums of the block's warps: afterwards warp 0 holds the total. The order is fixed. `scratch`: warps / 2 * 32 * N floats. */
+template <int N, int COUNT = WARPS>
 __device__ __forceinline__ void add_warps(float* sums, float* scratch) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
-  for (int half = WARPS / 2; half; half /= 2) {
+  for (int half = COUNT / 2; half; half /= 2) {
     if (warp >= half && warp < 2 * half)
 #pragma unroll
       for (int i = 0; i < N; i++) scratch[((warp - half) * N + i) * 32 + lane] = sums[i];

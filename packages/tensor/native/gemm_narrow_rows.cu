@@ -1,4 +1,4 @@
-/* c [m, n <= 128] = a op(b): a bf16 [m, k], read once; b f32. x A^T of LoRA, d B, a router's logits. A warp takes 16 or 32 rows and every eighth 32 of k; the block's
+/* c [m, n <= 128] = a op(b): a bf16 [m, k], read once; b f32. x A^T of LoRA, d B, a router's logits. A warp takes 16 or 32 rows and every eighth or sixteenth 32 of k; the block's
  * warps are added up in the end. */
 #include "gemm_narrow.cuh"
 
@@ -25,9 +25,13 @@ __device__ __forceinline__ void load_b(const float* b, int64_t ldb, int64_t n, b
   }
 }
 
+/* Warps that share k: more where a step takes longer. (By n alone: an element's bits do not depend on m.) */
+constexpr int warps_of(int nt) { return nt >= 4 ? 16 : 8; }
+
 template <int MT, int NT, bool K_CONTIGUOUS, bool VECTOR>
-__global__ void __launch_bounds__(THREADS, NT >= 4 ? 1 : 2) rows_kernel(const __grid_constant__ GemmLaunch p) {
-  __shared__ float scratch[WARPS / 2 * 32 * MT * NT * 4];
+__global__ void __launch_bounds__(warps_of(NT) * 32, NT >= 4 ? 1 : 2) rows_kernel(const __grid_constant__ GemmLaunch p) {
+  constexpr int WARPS = warps_of(NT), HALF = MT * NT > 8 ? 2 : 1;  // the sums are joined in one or two parts: 32 KiB at a time
+  __shared__ float scratch[WARPS / 2 * 32 * MT * NT * 4 / HALF];
   TileOf tile;
   if (!find_tile<MT * 16, NT * 8>(p, blockIdx.x, &tile)) return;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -44,7 +48,7 @@ __global__ void __launch_bounds__(THREADS, NT >= 4 ? 1 : 2) rows_kernel(const __
       for (int h = 0; h < 2; h++) next[i][h] = load8<VECTOR>(a + (i * 16 + h * 8) * p.lda + k, m0 + i * 16 + h * 8 + g < tile.rows ? tile.k - k : 0);
   };
   load(warp * BK + t * 8);
-#pragma unroll 2
+#pragma unroll NT >= 4 ? 1 : 2
   for (int64_t k = warp * BK + t * 8; k - t * 8 < tile.k; k += WARPS * BK) {
     uint4 x[MT][2];
 #pragma unroll
@@ -71,7 +75,11 @@ __global__ void __launch_bounds__(THREADS, NT >= 4 ? 1 : 2) rows_kernel(const __
       }
     }
   }
-  add_warps<MT * NT * 4>(&sums[0][0][0], scratch);
+#pragma unroll
+  for (int half = 0; half < HALF; half++) {
+    add_warps<MT * NT * 4 / HALF, WARPS>(&sums[0][0][0] + half * (MT * NT * 4 / HALF), scratch);
+    if (half + 1 < HALF) __syncthreads();
+  }
   if (warp != 0) return;
 #pragma unroll
   for (int i = 0; i < MT; i++)
@@ -88,8 +96,8 @@ template <int MT, int NT, bool K_CONTIGUOUS>
 int launch(const GemmLaunch& p, cudaStream_t s) {
   const bool vector = p.k % 8 == 0 && aligned(p.a, p.lda, 0, 8) && (!K_CONTIGUOUS || aligned(p.b, p.ldb, p.stride_b, 4));
   const uint32_t blocks = TileGrid<MT * 16, NT * 8>(p).count(p);
-  if (vector) rows_kernel<MT, NT, K_CONTIGUOUS, true><<<blocks, THREADS, 0, s>>>(p);
-  else rows_kernel<MT, NT, K_CONTIGUOUS, false><<<blocks, THREADS, 0, s>>>(p);
+  if (vector) rows_kernel<MT, NT, K_CONTIGUOUS, true><<<blocks, warps_of(NT) * 32, 0, s>>>(p);
+  else rows_kernel<MT, NT, K_CONTIGUOUS, false><<<blocks, warps_of(NT) * 32, 0, s>>>(p);
   return cudaGetLastError();
 }
 template <int MT, int NT>

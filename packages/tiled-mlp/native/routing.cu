@@ -121,13 +121,20 @@ __device__ __forceinline__ uint32_t find(const int32_t* ids, int64_t base, int64
   const int lane = threadIdx.x % 32;
   const int64_t first = base + threadIdx.x / 32 * 1024;
   uint32_t mask = 0;
-#pragma unroll 8
-  for (int i = 0; i < 32; i++) {
-    const int64_t at = first + i * 32 + lane;
-    const int32_t id = at < pairs ? ids[at] : INT32_MAX;
-    const unsigned hits = __ballot_sync(~0u, id == e);
-    if (i == lane) mask = hits;
-    *before += id < e;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int32_t id[16];  // all asked for before the first vote, which the compiler moves no read across
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      const int64_t at = first + (half * 16 + i) * 32 + lane;
+      id[i] = at < pairs ? __ldg(ids + at) : INT32_MAX;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      const unsigned hits = __ballot_sync(~0u, id[i] == e);
+      if (half * 16 + i == lane) mask = hits;
+      *before += id[i] < e;
+    }
   }
   return mask;
 }
