@@ -79,8 +79,6 @@ uint64_t unused(const Device& d) {
 
 /* The pool grows by whole pieces of 32 MiB. */
 constexpr uint64_t kPiece = 32u << 20;
-/* A request up to this size may try its luck in the pool's gaps before anything waits: scratch that kernels take in a step. */
-constexpr uint64_t kSmall = 64u << 20;
 uint64_t growth(uint64_t bytes) { return (bytes + kPiece - 1) / kPiece * kPiece; }
 
 /* Gives the driver back what the pool holds and nobody uses. Waits for the device: frees that other streams have not reached yet may be what is missing. */
@@ -89,7 +87,12 @@ void trim(Device& d) {
   cudaMemPoolTrimTo(d.pool, 0);
 }
 
-/* Allocates, unless that makes the pool grow beyond the limit. */
+/* Whether the pool may grow for this. Large requests leave a piece to the scratch that kernels take in a step. */
+bool may_grow(const Device& d, uint64_t bytes) { return !d.budget.exceeds(reserved(d) + growth(bytes) + (bytes > kPiece ? kPiece : 0)); }
+/* Where the pool may not grow, a request up to a piece may try its gaps: nobody can tell beforehand whether it fits one. */
+bool may_try(const Device& d, uint64_t bytes) { return may_grow(d, bytes) || (bytes <= kPiece && unused(d) >= bytes); }
+
+/* Allocates. One that made the pool grow beyond the limit, by a piece at most, is taken back at once. */
 cudaError_t within_limit(Device& d, size_t bytes, cudaStream_t stream, void** out) {
   const uint64_t before = reserved(d);
   const cudaError_t e = cudaMallocFromPoolAsync(out, bytes, d.pool, stream);
@@ -247,13 +250,12 @@ int alloc(int device, size_t bytes, void* stream, bool zero, void** out) {
   cudaError_t e = cudaErrorMemoryAllocation;
   {
     std::lock_guard<std::mutex> lock(d.memory);
-    const auto fits = [&] { return !d.budget.exceeds(reserved(d) + growth(bytes)); };
-    if (fits() || (bytes <= kSmall && unused(d) >= bytes)) e = within_limit(d, bytes, s, out);
+    if (may_try(d, bytes)) e = within_limit(d, bytes, s, out);
     if (e == cudaErrorMemoryAllocation) {
       cudaGetLastError();
       trim(d);
       d.budget.sample(reserved(d));
-      if (fits() || unused(d) >= bytes) e = within_limit(d, bytes, s, out);
+      if (may_try(d, bytes)) e = within_limit(d, bytes, s, out);
     }
   }
   if (e == cudaErrorMemoryAllocation) {

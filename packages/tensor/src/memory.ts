@@ -66,7 +66,8 @@ function requireLimit(op: string, bytes: number | null): number {
 
 /**
  * The most that this process may take of a GPU: CUDA context, kernels, cuBLASLt and lc's pool together, as far as the driver tells (`processMemory().source`). An
- * allocation that would exceed it fails with ERR_LC_OUT_OF_MEMORY, and `memInfo` counts within it: a smaller card can be tried on a larger one. null: no limit.
+ * allocation that would exceed it fails with ERR_LC_OUT_OF_MEMORY, and `memInfo` counts within it: a smaller card can be tried on a larger one. (One of at most 32 MiB that
+ * finds no gap in the pool may exceed it by as much until it is refused, microseconds later.) null: no limit.
  *
  * @throws ERR_LC_OUT_OF_MEMORY when more is taken already (then the old limit stays), ERR_LC_ARGUMENT, ERR_LC_DEVICE, ERR_LC_NO_DRIVER and its kin
  */
