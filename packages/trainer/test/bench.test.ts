@@ -145,6 +145,8 @@ describe('lc bench step', () => {
     const longest = row.maxTokens as number;
     expect(row.tokens).toBe(longest);
     const budget = ['--vram', '12MiB', '--ram', '4MiB', '--chunk', '128', '--loss-chunk', '64'];
+    const capped = await rowOf('step', '--probe', '--search', '--most', '1000', ...budget);
+    expect(capped).toMatchObject({ tokens: 1000, maxTokens: 1000, plannedTokens: longest });
     const { code } = await lc('bench', 'step', ...tiny, '--tokens', String(longest + 512), ...budget);
     expect(code).toBe(3);
   });

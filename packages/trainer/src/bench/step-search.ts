@@ -5,12 +5,21 @@ import type { StepCase } from './step-case.js';
 import { fits, runStep, type StepIo, type StepResult } from './step-run.js';
 
 export interface SearchResult {
-  /** 0: none. */
+  /** The longest that was executed; 0: none. */
   maxTokens: number;
+  /** The longest that a plan promises; longer than `maxTokens` where the search was told to stop there. */
+  plannedTokens: number;
   /** Of the length that was executed. */
   probe: StepResult | null;
   /** Lengths that a plan promised and the memory did not hold. */
   refused: number[];
+}
+
+export interface SearchOptions {
+  /** Execute nothing longer than this: attention's time grows with the square of the length. */
+  most?: number | undefined;
+  /** Told what is about to be reserved and executed. */
+  tell?: (tokens: number) => void;
 }
 
 /** Lengths are whole multiples of this; smaller ones of 1. */
@@ -36,25 +45,19 @@ export function longestPlanned(model: CausalLM, c: Omit<StepCase, 'tokens'>, abo
   return low * unit;
 }
 
-/**
- * A length that turns out not to fit gives way to one 2% shorter, eight times at most.
- * @param tell what is about to be reserved and executed
- */
-export async function search(
-  model: CausalLM,
-  c: Omit<StepCase, 'tokens'>,
-  io: StepIo,
-  tell: (tokens: number) => void = () => {},
-): Promise<SearchResult> {
+/** A length that turns out not to fit gives way to one 2% shorter, eight times at most. */
+export async function search(model: CausalLM, c: Omit<StepCase, 'tokens'>, io: StepIo, options: SearchOptions = {}): Promise<SearchResult> {
+  const { most = HIGHEST, tell } = options;
   const refused: number[] = [];
   applyCaps(model.device, c);
-  let tokens = longestPlanned(model, c);
+  const plannedTokens = longestPlanned(model, c);
+  let tokens = Math.min(plannedTokens, most);
   for (let attempt = 0; tokens > 0 && attempt < 9; attempt++) {
-    tell(tokens);
+    tell?.(tokens);
     const probe = await runStep(model, { ...c, tokens, probe: true }, io);
-    if (probe.fits) return { maxTokens: tokens, probe, refused };
+    if (probe.fits) return { maxTokens: tokens, plannedTokens, probe, refused };
     refused.push(tokens);
     tokens = Math.floor((tokens * 0.98) / STEP) * STEP || tokens - 1;
   }
-  return { maxTokens: 0, probe: null, refused };
+  return { maxTokens: 0, plannedTokens, probe: null, refused };
 }

@@ -103,13 +103,21 @@ export function checkTable(rows: readonly Row[]): Table {
   };
 }
 
+const longestText = (found: SearchResult | undefined): string => {
+  if (!found) return '';
+  const { maxTokens, plannedTokens, refused } = found;
+  return plannedTokens > maxTokens && refused.length === 0
+    ? `${count(maxTokens)} or more (the plan says ${count(plannedTokens)})`
+    : count(maxTokens);
+};
+
 export function table1(rows: readonly Row[], length: number): Table {
   const step = (row: Row): Row => (row.step ?? {}) as Row;
   const longest = (row: Row): SearchResult | undefined => row.longest as SearchResult | undefined;
   return {
     columns: [
       ['optimizations', text('label')],
-      ['longest length (probe)', (r) => (longest(r) ? count((longest(r) as SearchResult).maxTokens) : '')],
+      ['longest length (probe)', (r) => longestText(longest(r))],
       [
         'its peak VRAM + host memory',
         (r) => {

@@ -18,6 +18,8 @@ export interface StepBenchOptions extends Omit<BuildOptions, 'vram' | 'ram'> {
   shared: Omit<StepCase, 'tokens'>;
   /** Find the longest length that fits, and probe it. */
   search?: boolean | undefined;
+  /** Probe nothing longer. */
+  most?: number | undefined;
   compare?: Optimization | undefined;
   rounds?: number | undefined;
   /** A second chunk size, whose loss and gradients must agree. */
@@ -97,11 +99,12 @@ export async function benchStep(device: DeviceLike, o: StepBenchOptions): Promis
   if (o.search) {
     report.tables.push(stepTable(rows, 'Longest lengths (memory probes: all layers reserved, two executed)'));
     ticker.about('search');
-    const { maxTokens, probe, refused } = await search(model, o.shared, io, (tokens) =>
-      ticker.about(`search: probe of ${count(tokens)} tokens`),
-    );
+    const { maxTokens, plannedTokens, probe, refused } = await search(model, o.shared, io, {
+      most: o.most,
+      tell: (tokens) => ticker.about(`search: probe of ${count(tokens)} tokens`),
+    });
     fits = maxTokens > 0;
-    add({ ...(probe ?? { tokens: 0, name: '', fits: false, probe: true, reason: 'no length fits' }), maxTokens, refused });
+    add({ ...(probe ?? { tokens: 0, name: '', fits: false, probe: true, reason: 'no length fits' }), maxTokens, plannedTokens, refused });
     return { report, fits };
   }
   if (o.compare) report.tables.push(compareTable(rows));
@@ -129,6 +132,8 @@ export interface Table1Options extends BuildOptions {
   rows?: readonly number[] | undefined;
   /** Search the longest lengths. */
   search: boolean;
+  /** Probe nothing longer. */
+  most?: number | undefined;
 }
 
 /** Row by row one more optimization: none, + chunked-ce, + offload-ckpt, + tiled-mlp, + chunks. */
@@ -155,7 +160,10 @@ export async function benchTable1(device: DeviceLike, o: Table1Options): Promise
     save(report, o);
     if (!o.search) continue;
     ticker.about(`${label}, longest`);
-    row.longest = await search(model, shared, io, (tokens) => ticker.about(`${label}, longest: probe of ${count(tokens)} tokens`));
+    row.longest = await search(model, shared, io, {
+      most: o.most,
+      tell: (tokens) => ticker.about(`${label}, longest: probe of ${count(tokens)} tokens`),
+    });
     save(report, o);
   }
   return report;

@@ -48,6 +48,7 @@ interface StepFlags extends Common {
   rounds?: string;
   checkChunk?: string;
   rows?: string;
+  most?: string;
 }
 
 async function stepCommand(flags: StepFlags): Promise<void> {
@@ -71,6 +72,7 @@ async function stepCommand(flags: StepFlags): Promise<void> {
       probe: flags.probe,
     },
     search: flags.search,
+    most: count('--most', flags.most),
     compare: flags.compare,
     rounds: count('--rounds', flags.rounds),
     checkChunk: count('--check-chunk', flags.checkChunk),
@@ -87,7 +89,8 @@ async function table1Command(flags: StepFlags): Promise<void> {
   const report = await benchTable1(device, {
     ...{ model: modelOf(flags.model), layers: count('--layers', flags.layers), tokens: wholeNumber('--tokens', flags.tokens, 1), rows },
     ...{ chunk: count('--chunk', flags.chunk), tile: count('--tile', flags.tile), lossChunk: count('--loss-chunk', flags.lossChunk) },
-    ...{ vram: bytes('--vram', flags.vram), ram: bytes('--ram', flags.ram), search: flags.search, json: flags.json, out: flags.out },
+    ...{ vram: bytes('--vram', flags.vram), ram: bytes('--ram', flags.ram), search: flags.search, most: count('--most', flags.most) },
+    ...{ json: flags.json, out: flags.out },
   });
   finish(report, flags);
 }
@@ -146,7 +149,8 @@ export function addBench(lc: Command): void {
       .option('--ram <bytes>', 'cap of host memory; default what is free')
       .option('--chunk <n>', 'tokens of a chunk; default from the plan')
       .option('--tile <n>', 'tokens of an MLP tile; default from the plan')
-      .option('--loss-chunk <n>', 'rows of logits alive at once; default from the plan');
+      .option('--loss-chunk <n>', 'rows of logits alive at once; default from the plan')
+      .option('--most <n>', 'searches probe nothing longer than this');
   model('step', 'one training step: time by phase, memory, ratio to the floor', 'sequence length, or several: 32768,81920')
     .option('--layers-per-segment <n>', "a gradient checkpoint every n layers, or 'auto'")
     .option('--keep <n>', "layers whose attention output is kept for backward, or 'auto' (default)")
