@@ -70,7 +70,7 @@ async function twice(what: string, fn: (scope: Scope, ws: Workspace) => Record<s
 const rows = small ? 517 : 8191;
 const at = { start: 0, length: rows, docStart: null, dropoutSeed: 5 };
 
-test('the same bits again: cross-entropy', async () => {
+test('repeats: cross-entropy', async () => {
   const [width, vocab] = [136, 3001];
   await twice('cross-entropy', (scope, ws) => {
     const hidden = normal(scope, [rows, width], 1);
@@ -91,7 +91,7 @@ test('the same bits again: cross-entropy', async () => {
   });
 });
 
-test('the same bits again: LoRA with dropout, and on experts', async () => {
+test('repeats: LoRA with dropout, and on experts', async () => {
   await twice('LoRA', (scope, ws) => {
     const base = new PlainLinear({ weight: normal(scope, [200, 136], 1, 0.1) });
     const lora = scope.own(new LoraLinear({ base, r: 8, loraDropout: 0.1, name: 'probe', device: 'cuda' }));
@@ -116,7 +116,7 @@ test('the same bits again: LoRA with dropout, and on experts', async () => {
   });
 });
 
-test('the same bits again: AdamW and its gradient norm', async () => {
+test('repeats: AdamW and its gradient norm', async () => {
   for (const optimBits of [32, 8] as const)
     await twice(`AdamW, ${optimBits} bits`, (scope) => {
       const parameters: Parameter[] = [[rows * 8], [64, 129], [5]].map((shape, i) => ({
@@ -133,7 +133,7 @@ test('the same bits again: AdamW and its gradient norm', async () => {
     });
 });
 
-test('the same bits again: sums over rows, scatter into an embedding, grouped products', async () => {
+test('repeats: sums over rows, scatter into an embedding, grouped products', async () => {
   await twice('rows', (scope) => {
     const x = normal(scope, [rows, 136], 1);
     const ids = scope.own(empty([rows], { dtype: 'i32', device: 'cuda' }));
@@ -155,7 +155,7 @@ test('the same bits again: sums over rows, scatter into an embedding, grouped pr
   });
 });
 
-test('the same bits again: dense MLP with a norm', async () => {
+test('repeats: dense MLP with a norm', async () => {
   await twice('dense MLP', (scope, ws) => {
     const linear = (o: number, i: number, seed: number): PlainLinear => new PlainLinear({ weight: normal(scope, [o, i], seed, 0.1) });
     const norm = { weight: normal(scope, [136], 9), eps: 1e-5 };
