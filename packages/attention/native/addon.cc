@@ -169,10 +169,19 @@ Napi::Value isa(const Napi::CallbackInfo& info) {
   return Napi::String::New(info.Env(), attention::isa());
 }
 
+/* Whether attention on the present GPU takes Hopper's kernels; null: there is no GPU, or no code for one. */
+Napi::Value hopper(const Napi::CallbackInfo& info) {
+#ifdef LCTX_WITH_CUDA
+  if (const int answer = attention::cuda::hopper(); answer >= 0) return Napi::Boolean::New(info.Env(), answer != 0);
+#endif
+  return info.Env().Null();
+}
+
 Napi::Object start(Napi::Env env, Napi::Object exports) {
   exports.Set("init", Napi::Function::New(env, [](const Napi::CallbackInfo& info) { lctx::init(info); }));
   exports.Set("forward", Napi::Function::New(env, forward));
   exports.Set("backward", Napi::Function::New(env, backward));
+  exports.Set("hopper", Napi::Function::New(env, hopper));
   exports.Set("rope", Napi::Function::New(env, rope));
   exports.Set("isa", Napi::Function::New(env, isa));
   exports.Set("scratch", Napi::Function::New(env, scratch));

@@ -128,7 +128,18 @@ void backward(const Args& a) {
   if (b.dsinks) b.sink_partial = needed<float>(a, "partial", LCTX_F32, kSinkParts * q.shape[1], q);
   if (const int64_t floats = backward_fused_floats(b.p)) b.dq_sum = list<float>(a, "dqSum", LCTX_F32, floats, q);
   const cudaStream_t stream = lctx::cuda_stream(a, q);
-  launched(a, backward(b, stream));
+  if (on_hopper(a, hopper_backward_refuses(b))) {
+    b.hopper = needed<float>(a, "hopper", LCTX_F32, hopper_backward_floats(b.p), q);
+    b.ordered = !a.flag("anyOrder");
+    launched(a, hopper_backward(b, stream));
+  } else launched(a, backward(b, stream));
+}
+
+int hopper() {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) return -1;
+  const char* wish = std::getenv("LCTX_ATTENTION");
+  return hopper_card() && (wish == nullptr || std::string(wish) != "portable");
 }
 
 void rope(const Args& a) {

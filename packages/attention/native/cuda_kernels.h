@@ -50,6 +50,8 @@ struct Backward {
   float* delta;        /* [n, heads] scratch */
   float* sink_partial; /* [kSinkParts, heads] scratch; with dsinks */
   float* dq_sum;       /* scratch of backward_fused_floats(p), or null: sums in a fixed order */
+  float* hopper;       /* scratch of hopper_backward_floats(p), for hopper_backward */
+  bool ordered;        /* hopper_backward: dQ in a fixed order of additions */
 };
 
 struct Rope {
@@ -67,6 +69,11 @@ int forward(const Forward& f, void* stream);
 /* Hopper cards: why not for this problem, or null; and the pass itself. */
 const char* hopper_forward_refuses(const Problem& p);
 int hopper_forward(const Forward& f, void* stream);
+/* Whether the current device is a Hopper card and this build has code for it. */
+bool hopper_card();
+const char* hopper_backward_refuses(const Backward& b);
+int64_t hopper_backward_floats(const Problem& p);
+int hopper_backward(const Backward& b, void* stream);
 int backward(const Backward& b, void* stream); /* all of the following, in order */
 int backward_delta(const Backward& b, void* stream);
 int backward_kv(const Backward& b, void* stream);

@@ -1,6 +1,16 @@
 import { LcTypeError, numThreads, type Tensor, type Workspace } from '@lc/tensor';
 import { native } from './native.js';
-import { backwardSegments, checkAttention, dqSumFloats, expectDevice, expectTensor, isCuda, SINK_PARTS, scratchFloats } from './plan.js';
+import {
+  backwardSegments,
+  checkAttention,
+  dqSumFloats,
+  expectDevice,
+  expectTensor,
+  hopperFloats,
+  isCuda,
+  SINK_PARTS,
+  scratchFloats,
+} from './plan.js';
 
 /**
  * What both passes take. Rows (dimension 0) of q, k, v, out and their gradients may be strided: slices of a fused projection.
@@ -84,8 +94,9 @@ export interface AttentionBackwardArgs extends AttentionArgs {
   /** f32 [heads]: added to. Needs `sinks`. */
   dSinks?: Tensor | null;
   /**
-   * Default true: the same bits every time. False: on a GPU, full attention at head dims up to 64 sums dQ in no fixed order, which is faster and takes
-   * f32 scratch for all of dQ (`attentionWorkspaceBytes`); dQ then differs from run to run by the rounding of f32 sums; dK, dV and dSinks do not.
+   * Default true: the same bits every time. False: on a GPU, full attention at head dims up to 64 (on Hopper cards, all attention up to 128) sums dQ in no
+   * fixed order, which is faster and takes f32 scratch for all of dQ (`attentionWorkspaceBytes`; Hopper cards take it either way); dQ then differs from run
+   * to run by the rounding of f32 sums; dK, dV and dSinks do not.
    */
   deterministic?: boolean;
 }
@@ -122,7 +133,13 @@ export function attentionBackward(args: AttentionBackwardArgs): void {
     if (isCuda(q)) {
       const partial = args.dSinks ? ws.alloc([SINK_PARTS * shape.heads], 'f32') : null;
       const sum = dqSumFloats({ ...shape, deterministic: args.deterministic ?? true });
-      native().backward({ ...common, scratch: null, slots: 0, partial, segments: 0, dqSum: sum > 0 ? ws.alloc([sum], 'f32') : null });
+      const hopper = hopperFloats(shape);
+      native().backward({
+        ...{ ...common, scratch: null, slots: 0, partial, segments: 0 },
+        hopper: hopper > 0 ? ws.alloc([hopper], 'f32') : null,
+        dqSum: hopper === 0 && sum > 0 ? ws.alloc([sum], 'f32') : null,
+        anyOrder: args.deterministic === false,
+      });
       return;
     }
     const slots = numThreads();

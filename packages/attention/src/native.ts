@@ -42,8 +42,14 @@ export interface AttentionNative {
         segments: number;
         /** CUDA, in no fixed order: where dQ is summed; null or missing: deterministic. */
         dqSum?: Tensor | null;
+        /** Hopper cards: scratch of `hopperFloats`. */
+        hopper?: Tensor | null;
+        /** Hopper cards: dQ may be summed in no fixed order. */
+        anyOrder?: boolean;
       },
   ): void;
+  /** Whether attention on the present GPU takes Hopper's kernels; null: there is no GPU, or this build has no code for one. */
+  hopper(): boolean | null;
   rope(args: {
     x: Tensor;
     start: number;

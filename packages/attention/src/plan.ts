@@ -60,12 +60,31 @@ export function dqSumFloats(shape: AttentionShape): number {
   return kvHeads * Math.ceil((tokens * heads) / kvHeads / FUSED_ROWS) * FUSED_ROWS * Math.ceil(headDim / 32) * 32;
 }
 
+/** native/hopper_backward.cu: the widest head that it takes. */
+const HOPPER_DIM = 128;
+
+/**
+ * f32 elements of scratch that the backward pass of Hopper cards takes (native/hopper_backward.cu, hopper_backward_floats): dQ in f32, rows of lse and
+ * delta by head, turns. 0: the pass runs on other kernels.
+ */
+export function hopperFloats({ tokens, heads, headDim }: AttentionShape, card = native().hopper()): number {
+  if (card === false || headDim > HOPPER_DIM) return 0;
+  const [queries, dims] = headDim <= 64 ? [128, 64] : [64, 128]; // of a tile
+  const tiles = Math.ceil(tokens / queries);
+  return heads * tiles * queries * (dims + 2) + Math.ceil(tiles / 4) * 4 + heads * tiles + 1;
+}
+
 const bytes = (floats: number): number => Math.ceil((floats * 4) / ALIGN) * ALIGN;
 
 /** Bytes that `attentionForward` and `attentionBackward` take from the workspace and give back: O(chunk), whatever the length of the prefix. */
 export function attentionWorkspaceBytes(shape: AttentionShape): { forward: number; backward: number } {
   const rows = shape.tokens * shape.heads;
-  if (shape.device === 'cuda') return { forward: 0, backward: bytes(rows) + bytes(SINK_PARTS * shape.heads) + bytes(dqSumFloats(shape)) };
+  if (shape.device === 'cuda') {
+    const card = native().hopper();
+    const hopper = hopperFloats(shape, card);
+    const portable = card && hopper > 0 ? 0 : dqSumFloats(shape); // no card to ask: the most that any takes
+    return { forward: 0, backward: bytes(rows) + bytes(SINK_PARTS * shape.heads) + bytes(Math.max(hopper, portable)) };
+  }
   const scratch = scratchFloats(shape.headDim);
   const threads = numThreads();
   const segments = backwardSegments(shape);

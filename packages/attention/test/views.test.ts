@@ -2,6 +2,8 @@ import { empty, fromTypedArray, memory, Workspace, zeros } from '@lc/tensor';
 import { expectNoLeaks, randomNormal } from '@lc/tensor/testing';
 import { expect, test } from 'vitest';
 import { attentionBackward, attentionForward, attentionWorkspaceBytes, ropeForward, ropeInit } from '../src/index.js';
+import { native } from '../src/native.js';
+import { dqSumFloats, hopperFloats } from '../src/plan.js';
 import { makeProblem, run } from './cases.js';
 
 expectNoLeaks();
@@ -118,17 +120,26 @@ const code = (fn: () => void): string => {
 };
 
 test('on a GPU dQ without a fixed order takes f32 scratch for all of it, in whole tiles', () => {
-  const bytes = (changes: object): number =>
-    attentionWorkspaceBytes({ tokens: 1000, heads: 64, kvHeads: 8, headDim: 64, start: 0, device: 'cuda', ...changes }).backward;
-  const fixed = bytes({});
-  expect(bytes({ deterministic: true })).toBe(fixed);
-  expect(bytes({ deterministic: false }) - fixed).toBe(1000 * 64 * 64 * 4);
-  expect(bytes({ deterministic: false, headDim: 40 }) - fixed).toBe(1000 * 64 * 64 * 4);
-  const odd = { tokens: 7, heads: 6, kvHeads: 2, headDim: 32 };
-  expect(bytes({ ...odd, deterministic: false }) - bytes(odd)).toBe(2 * 64 * 32 * 4);
-  for (const changes of [{ window: 128 }, { headDim: 128 }]) expect(bytes({ ...changes, deterministic: false })).toBe(bytes(changes));
+  const base = { tokens: 1000, heads: 64, kvHeads: 8, headDim: 64, start: 0, device: 'cuda' as const };
+  expect(dqSumFloats(base)).toBe(0);
+  const any = { ...base, deterministic: false };
+  expect(dqSumFloats(any)).toBe(1000 * 64 * 64);
+  expect(dqSumFloats({ ...any, headDim: 40 })).toBe(1000 * 64 * 64);
+  expect(dqSumFloats({ ...any, tokens: 7, heads: 6, kvHeads: 2, headDim: 32 })).toBe(2 * 64 * 32);
+  for (const changes of [{ window: 128 }, { headDim: 128 }]) expect(dqSumFloats({ ...any, ...changes })).toBe(0);
   const cpu = { tokens: 1000, heads: 4, kvHeads: 2, headDim: 64, start: 0 };
   expect(attentionWorkspaceBytes({ ...cpu, deterministic: false })).toEqual(attentionWorkspaceBytes(cpu));
+});
+
+test('Hopper cards sum dQ in f32 scratch whatever the order; without a card the larger scratch is planned', () => {
+  const base = { tokens: 1000, heads: 64, kvHeads: 8, headDim: 64, start: 0, device: 'cuda' as const };
+  expect(hopperFloats(base, true)).toBe(64 * 1024 * (64 + 2) + 8 + 64 * 8 + 1);
+  expect(hopperFloats({ ...base, tokens: 1, heads: 3, headDim: 80 }, true)).toBe(3 * 64 * (128 + 2) + 4 + 3 + 1);
+  expect(hopperFloats(base, false)).toBe(0);
+  expect(hopperFloats({ ...base, headDim: 136 }, true)).toBe(0);
+  if (native().hopper() !== null) return;
+  for (const deterministic of [true, false])
+    expect(attentionWorkspaceBytes({ ...base, deterministic }).backward).toBeGreaterThan(hopperFloats(base, true) * 4);
 });
 
 test('bad input is a typed error that says what was expected', () => {

@@ -1,0 +1,375 @@
+/* Attention's backward for Hopper (sm_90a): dQ, dK and dV in one kernel of five products, after FlashAttention-2 and 3 (Dao 2023; Shah et al. 2024).
+ *
+ * A block owns 128 keys of one K/V head. It goes over the tiles of 64 or 128 queries that see them, from the last down, and within a tile over the heads of the group, so that dK and dV stay
+ * in registers over the whole group and are added to memory once. Two warpgroups of 64 keys each: scores are computed transposed (keys are rows), so that P and dS are left operands in
+ * registers; dS also goes through shared memory, for dQ = dS K, of which each warpgroup computes half. The third warpgroup's warps copy tiles in and dQ out.
+ *
+ * dQ is summed in f32 memory by bulk reductions of whole tiles, laid out as the accumulators lie in registers. ORDERED: a tile's sum is made in rising order of keys. A counter per
+ * tile and head says whose turn it is; the first stores, so that nothing needs clearing. Blocks take their keys from a ticket counter in rising order, so whoever is waited for is running
+ * or done; and since all go through the queries in one order, the block of the next keys follows a step or two behind. */
+#ifndef LC_ATTENTION_HOPPER_BACKWARD_CUH
+#define LC_ATTENTION_HOPPER_BACKWARD_CUH
+#include "lctx/hopper.cuh"
+#include "tiles.cuh"
+
+namespace attention::cuda {
+
+struct HopperBackward {
+  CUtensorMap q, dout, k, v;
+  Problem p;
+  float *dk, *dv;
+  int64_t dk_stride, dv_stride;
+  float* dq_sum;      /* [heads, tiles, M * HD] */
+  const float* lse;   /* [heads, tiles * M], times log2(e); infinity beyond n */
+  const float* delta; /* [heads, tiles * M] */
+  const int* low;     /* [tiles]: first tile of keys that a tile of queries sees; does not decrease */
+  int* turn;          /* [heads, tiles]: how many tiles of keys were added to dQ */
+  int* ticket;
+  int tiles, first_tile; /* tiles of queries; first tile of keys */
+};
+
+/* M: queries of a tile; at 128 P is used as it was rounded for dV, for want of registers. DQ_BUFFERS: tiles of dQ on their way to memory. */
+template <int M_, int HD_, int STAGES_, int DQ_BUFFERS_, bool ORDERED_>
+struct HopperBackwardConfig {
+  static constexpr int M = M_, N = 128, THREADS = 384, HD = HD_, STAGES = STAGES_, DQB = DQ_BUFFERS_;
+  static constexpr bool ORDERED = ORDERED_;
+  static constexpr int KEYS = N * HD * 2, ROWS = M * HD * 2, DS = M * N * 2, DQ = M * HD * 4; /* bytes of a tile */
+  static constexpr int AT_K = 0, AT_V = KEYS, AT_Q = 2 * KEYS, AT_DO = AT_Q + STAGES * ROWS, AT_DS = AT_DO + STAGES * ROWS, AT_DQ = AT_DS + 2 * DS, AT_LSE = AT_DQ + DQB * DQ,
+                       AT_DELTA = AT_LSE + STAGES * M * 4, AT_BAR = AT_DELTA + STAGES * M * 4, BARRIERS = 4 * STAGES + 1 + 2 * DQB;
+  static constexpr int SMEM = AT_BAR + BARRIERS * 8 + 16;
+  static_assert(SMEM <= 227 << 10, "more shared memory than a block has");
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__device__ __forceinline__ void stmatrix_trans(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t address, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+__device__ __forceinline__ float2 load_shared(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+  return v;
+}
+__device__ __forceinline__ int load_acquire(const int* p) {
+  int v;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_release(int* p, int v) { asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+/* Orders this thread's view of memory within the block, for ordinary accesses and those of the copy engine. */
+__device__ __forceinline__ void fence_block() { asm volatile("fence.acq_rel.cta;\nfence.proxy.async;" ::: "memory"); }
+
+/* The steps of one block: tiles of queries from the last down, and within one the heads of the group; with them the place in the ring of stages. */
+struct BackwardSteps {
+  int tile, h = 0, stage = 0, phase = 0;
+  __device__ __forceinline__ explicit BackwardSteps(int last) : tile(last) {}
+  template <int STAGES>
+  __device__ __forceinline__ void next(int group) {
+    if (++h == group) h = 0, tile--;
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+};
+#endif
+
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __grid_constant__ HopperBackward a) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using namespace lctx::hopper;
+  constexpr int M = C::M, N = C::N, HD = C::HD, STAGES = C::STAGES, DQB = C::DQB;
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const Problem& p = a.p;
+  const uint32_t base = smem(memory), bars = base + C::AT_BAR;
+  const uint32_t full_q = bars, full_do = bars + 8 * STAGES, empty_q = bars + 16 * STAGES, empty_do = bars + 24 * STAGES, full_kv = bars + 32 * STAGES, dq_full = full_kv + 8,
+                 dq_empty = dq_full + 8 * DQB;
+  int* words = reinterpret_cast<int*>(memory + C::AT_BAR + 8 * C::BARRIERS);  // ticket; steps whose turn has come; steps added
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      mbarrier_init(full_q + 8 * s, 1);
+      mbarrier_init(full_do + 8 * s, 1);
+      mbarrier_init(empty_q + 8 * s, 8);
+      mbarrier_init(empty_do + 8 * s, 8);
+    }
+    mbarrier_init(full_kv, 1);
+    for (int s = 0; s < DQB; s++) {
+      mbarrier_init(dq_full + 8 * s, 8);
+      mbarrier_init(dq_empty + 8 * s, 1);
+    }
+    words[1] = words[2] = 0;
+    mbarrier_init_fence();
+    words[0] = atomicAdd(a.ticket, 1);
+  }
+  __syncthreads();
+  const int item = words[0], kv_head = item % p.kv_heads, key_tile = a.first_tile + item / p.kv_heads, key0 = key_tile * N;
+  const int begin = max(0, key0 - p.start) / M;  // query tiles
+  int end = a.tiles;
+  {  // up to the first whose first key lies beyond
+    int low = begin, high = max(begin, end);
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (a.low[middle] > key_tile) high = middle;
+      else low = middle + 1;
+    }
+    end = low;
+  }
+  if (begin >= end) return;
+  const int group = p.group, head0 = kv_head * group, steps = (end - begin) * group;
+
+  if (warp >= 8) {
+    registers_down<24>();
+    if (warp == 8 && threadIdx.x % 32 == 0) {  // loads
+      mbarrier_expect(full_kv, 2 * C::KEYS);
+      for (int x = 0; x < HD / 64; x++) {
+        tma_load(base + C::AT_K + x * N * 128, &a.k, full_kv, x * 64, kv_head, key0);
+        tma_load(base + C::AT_V + x * N * 128, &a.v, full_kv, x * 64, kv_head, key0);
+      }
+      BackwardSteps at(end - 1);
+#pragma unroll 1
+      for (int t = 0; t < steps; t++) {
+        const int head = head0 + at.h, s = at.stage;
+        const int64_t row = (static_cast<int64_t>(head) * a.tiles + at.tile) * M;
+        if (t >= STAGES) mbarrier_wait(empty_q + 8 * s, at.phase ^ 1);
+        mbarrier_expect(full_q + 8 * s, C::ROWS + M * 4);
+        for (int x = 0; x < HD / 64; x++) tma_load(base + C::AT_Q + s * C::ROWS + x * M * 128, &a.q, full_q + 8 * s, x * 64, head, at.tile * M);
+        bulk_load(base + C::AT_LSE + s * M * 4, a.lse + row, M * 4, full_q + 8 * s);
+        if (t >= STAGES) mbarrier_wait(empty_do + 8 * s, at.phase ^ 1);
+        mbarrier_expect(full_do + 8 * s, C::ROWS + M * 4);
+        for (int x = 0; x < HD / 64; x++) tma_load(base + C::AT_DO + s * C::ROWS + x * M * 128, &a.dout, full_do + 8 * s, x * 64, head, at.tile * M);
+        bulk_load(base + C::AT_DELTA + s * M * 4, a.delta + row, M * 4, full_do + 8 * s);
+        at.next<STAGES>(group);
+      }
+    } else if (warp == 9 && threadIdx.x % 32 == 0) {  // dQ to memory
+      BackwardSteps at(end - 1);
+      int buffer = 0, phase = 0;
+      volatile int* ready = words + 1;
+      volatile int* done = words + 2;
+#pragma unroll 1
+      for (int t = 0; t < steps; t++) {
+        const int64_t here = static_cast<int64_t>(head0 + at.h) * a.tiles + at.tile;
+        float* to = a.dq_sum + here * M * HD;
+        mbarrier_wait(dq_full + 8 * buffer, phase);
+        if (C::ORDERED) {
+          while (*ready <= t) __nanosleep(20);
+          fence_block();
+        }
+        if (C::ORDERED && a.low[at.tile] == key_tile) bulk_store(to, base + C::AT_DQ + buffer * C::DQ, C::DQ);
+        else bulk_add(to, base + C::AT_DQ + buffer * C::DQ, C::DQ);
+        bulk_commit();
+        if (C::ORDERED) {
+          bulk_wait<1>();
+          fence_block();
+          *done = t;  // steps before t have arrived
+        }
+        bulk_wait_read<0>();
+        mbarrier_arrive(dq_empty + 8 * buffer);
+        at.next<STAGES>(group);
+        if (++buffer == DQB) buffer = 0, phase ^= 1;
+      }
+      bulk_wait<0>();
+      if (C::ORDERED) {
+        fence_block();
+        *done = steps;
+      }
+    } else if (C::ORDERED && warp == 10) {  // whose turn it is: each lane watches one of the next 32 steps
+      volatile int* ready = words + 1;
+      const int lane = threadIdx.x % 32;
+      int seen = 0;
+#pragma unroll 1
+      while (seen < steps) {
+        const int t = seen + lane, down = query_of(p, min(t, steps - 1)), tile = end - 1 - down, h = t - down * group;
+        const int turn = key_tile - a.low[tile];
+        const bool mine = t < steps && (turn == 0 || load_acquire(a.turn + static_cast<int64_t>(head0 + h) * a.tiles + tile) == turn);
+        const uint32_t all = __ballot_sync(~0u, mine);
+        const int more = __ffs(~all) - 1;
+        if (more == 0) continue;
+        seen += all == ~0u ? 32 : more;
+        asm volatile("fence.acq_rel.gpu;" ::: "memory");
+        __syncwarp();
+        if (lane == 0) *ready = seen;
+      }
+    } else if (C::ORDERED && warp == 11) {  // passes turns on
+      volatile int* done = words + 2;
+      const int lane = threadIdx.x % 32;
+      int passed = 0;
+#pragma unroll 1
+      while (passed < steps) {
+        const int now = __shfl_sync(~0u, *done, 0);
+        if (now == passed) {
+          __nanosleep(40);
+          continue;
+        }
+        const int t = passed + lane, down = query_of(p, min(t, steps - 1)), tile = end - 1 - down, h = t - down * group;
+        if (t < now) store_release(a.turn + static_cast<int64_t>(head0 + h) * a.tiles + tile, key_tile - a.low[tile] + 1);
+        passed = min(now, passed + 32);
+      }
+    }
+    return;
+  }
+
+  registers_up<240>();
+  const int w = warp / 4, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const uint32_t sk = base + C::AT_K, sv = base + C::AT_V;
+  const int key_w = key0 + w * 64;
+  float dk[HD / 2] = {}, dv[HD / 2] = {}, s[M / 2] = {}, d[M / 2] = {}, dq[M * HD / 256] = {};
+  uint32_t pr[M / 16][4], dr[M / 16][4];
+  mbarrier_wait(full_kv, 0);
+  // Left operand: this warpgroup's 64 keys. Right operand: the rows of a tile of Q or dO.
+  const uint64_t k_left = descriptor(sk + w * 8192), v_left = descriptor(sv + w * 8192);
+  const auto scores = [&](float (&to)[M / 2], uint64_t left, uint32_t tile) {
+    const uint64_t right = descriptor(tile);
+#pragma unroll
+    for (int kk = 0; kk < HD / 16; kk++)
+      Wgmma<M>::template ss<0, 0>(to, left + kk / 4 * (N * 128 / 16) + kk % 4 * 2, right + kk / 4 * (M * 128 / 16) + kk % 4 * 2, kk > 0);
+    wgmma_commit();
+  };
+  const auto gradient = [&](float (&to)[HD / 2], const uint32_t (&r)[M / 16][4], uint32_t tile) {
+    const uint64_t right = descriptor(tile, M * 128);
+#pragma unroll
+    for (int kk = 0; kk < M / 16; kk++) Wgmma<HD>::template rs<1>(to, r[kk], right + kk * 128, 1);
+    wgmma_commit();
+  };
+
+  const float c = p.scale * kLog2e;
+  const int column = lane % 4 * 2;
+  // stmatrix: lane l gives row l % 8 of 8 x 8 block l / 8; blocks: keys + 0, keys + 8, then 8 queries further.
+  const uint32_t ds_chunk = ((warp % 4 * 2 + (lane / 8 & 1)) ^ (lane & 7)) << 4, ds_at = base + C::AT_DS + w * M * 128 + (lane / 16 * 8 + (lane & 7)) * 128 + ds_chunk;
+  // dQ: at 64 queries each warpgroup takes half of the dims, at 128 half of the queries.
+  constexpr int DQ_COLUMNS = M == 64 ? HD / 2 : HD;
+  const uint64_t k_dims = descriptor(sk + (M == 128 ? 0 : HD == 64 ? w * 64 : w * N * 128), N * 128);
+  const int ds_rows = M == 128 ? w * 8192 : 0;
+  BackwardSteps at(end - 1);
+  int dq_buffer = 0, dq_phase = 1;  // the first wait for an empty buffer passes
+
+  const auto put_dq = [&]() {
+    mbarrier_wait(dq_empty + 8 * dq_buffer, dq_phase);
+    const uint32_t to = base + C::AT_DQ + dq_buffer * C::DQ + (w * (M * HD / 1024) * 128 + thread) * 16;
+#pragma unroll
+    for (int j = 0; j < DQ_COLUMNS / 8; j++) store_shared(to + j * 2048, dq[j * 4], dq[j * 4 + 1], dq[j * 4 + 2], dq[j * 4 + 3]);
+    fence_async();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(dq_full + 8 * dq_buffer);
+    if (++dq_buffer == DQB) dq_buffer = 0, dq_phase ^= 1;
+  };
+
+  // P^T of a step, for the next product and (packed) for dV.
+  bool masked = true;
+  const auto probabilities = [&](const BackwardSteps& x) {
+    const int query0 = x.tile * M;
+    if (x.h == 0 || x.tile == end - 1) masked = key_w + 63 > p.start + query0 || query0 + M > p.n || first_key(p, min(query0 + M, p.n) - 1) > key_w;
+    const uint32_t lse_at = base + C::AT_LSE + x.stage * M * 4 + column * 4;
+#pragma unroll
+    for (int j = 0; j < M / 8; j++) {
+      const float2 lse = load_shared(lse_at + j * 32);
+#pragma unroll
+      for (int e = 0; e < 4; e++) s[j * 4 + e] = exp2_fast(fmaf(s[j * 4 + e], c, -(e % 2 ? lse.y : lse.x)));
+    }
+    if (masked) {
+      const int key = key_w + warp % 4 * 16 + lane / 4;
+#pragma unroll
+      for (int j = 0; j < M / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int query = query0 + j * 8 + column + e, last = query < p.n ? p.start + query : -1, first = first_key(p, min(query, p.n - 1));
+          if (key < first || key > last) s[j * 4 + e] = 0;
+          if (key + 8 < first || key + 8 > last) s[j * 4 + 2 + e] = 0;
+        }
+    }
+  };
+  const auto pack_p = [&]() {
+#pragma unroll
+    for (int kk = 0; kk < M / 16; kk++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) pr[kk][i] = pack(s[kk * 8 + i * 2], s[kk * 8 + i * 2 + 1]);
+      hold(pr[kk]);
+    }
+  };
+
+  const auto scores_gradient = [&](int stage) {
+    // dS^T = P^T (dP^T - delta)
+    const uint32_t delta_at = base + C::AT_DELTA + stage * M * 4 + column * 4;
+#pragma unroll
+    for (int j = 0; j < M / 8; j++) {
+      const float2 delta = load_shared(delta_at + j * 32);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        if constexpr (M == 128) {
+          const uint32_t both = pr[j / 2][j % 2 * 2 + h];
+          s[j * 4 + h * 2] = __uint_as_float(both << 16), s[j * 4 + h * 2 + 1] = __uint_as_float(both & 0xffff0000u);
+        }
+        dr[j / 2][j % 2 * 2 + h] = pack(s[j * 4 + h * 2] * (d[j * 4 + h * 2] - delta.x), s[j * 4 + h * 2 + 1] * (d[j * 4 + h * 2 + 1] - delta.y));
+      }
+    }
+#pragma unroll
+    for (int kk = 0; kk < M / 16; kk++) hold(dr[kk]);
+  };
+
+  hold(s), hold(d), hold(dq), hold(dk), hold(dv);
+  int t = 0;
+#pragma unroll 1
+  do {
+    const int stage = at.stage;
+    // 0 in a way that the compiler does not see, so that it does not keep a register pair per descriptor over the loop.
+    int nothing = stage;
+    asm volatile("" : "+r"(nothing));
+    nothing >>= 8;
+    mbarrier_wait(full_q + 8 * stage, at.phase);
+    wgmma_fence();
+    scores(s, k_left + nothing, base + C::AT_Q + stage * C::ROWS);
+    mbarrier_wait(full_do + 8 * stage, at.phase);
+    wgmma_fence();
+    scores(d, v_left + nothing, base + C::AT_DO + stage * C::ROWS);
+    wgmma_wait<1>();
+    hold(s);
+    probabilities(at);
+    if constexpr (M == 128) pack_p();
+    wgmma_wait<0>();
+    hold(d);
+    if constexpr (M == 64) pack_p();
+    wgmma_fence();
+    gradient(dv, pr, base + C::AT_DO + stage * C::ROWS);
+    scores_gradient(stage);
+    const uint32_t ds_buffer = (t & 1) * C::DS;
+#pragma unroll
+    for (int kk = 0; kk < M / 16; kk++) stmatrix_trans(ds_at + ds_buffer + kk * 2048, dr[kk]);
+    fence_async();
+    bar_sync(1, 256);
+    const uint64_t left = descriptor(base + C::AT_DS + ds_buffer + ds_rows);
+    wgmma_fence();
+#pragma unroll
+    for (int kk = 0; kk < 8; kk++) Wgmma<DQ_COLUMNS>::template ss<0, 1>(dq, left + kk / 4 * (M * 128 / 16) + kk % 4 * 2, k_dims + nothing + kk * 128, kk > 0);
+    wgmma_commit();
+    gradient(dk, dr, base + C::AT_Q + stage * C::ROWS);
+    wgmma_wait<1>();
+    hold(dq);
+    if (lane == 0) mbarrier_arrive(empty_do + 8 * stage);
+    put_dq();
+    wgmma_wait<0>();
+    if (lane == 0) mbarrier_arrive(empty_q + 8 * stage);
+    at.next<STAGES>(group);
+  } while (++t < steps);
+  hold(dk), hold(dv);
+  const int keys = p.start + p.n;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int key = key_w + warp % 4 * 16 + h * 8 + lane / 4;
+    if (key >= keys) continue;
+    float* to_k = a.dk + key * a.dk_stride + static_cast<int64_t>(kv_head) * p.dim;
+    float* to_v = a.dv + key * a.dv_stride + static_cast<int64_t>(kv_head) * p.dim;
+#pragma unroll
+    for (int j = 0; j < HD / 8; j++)
+      if (j * 8 < p.dim) {
+        float2* xk = reinterpret_cast<float2*>(to_k + j * 8 + column);
+        float2* xv = reinterpret_cast<float2*>(to_v + j * 8 + column);
+        float2 vk = *xk, vv = *xv;
+        vk.x += dk[j * 4 + h * 2] * p.scale, vk.y += dk[j * 4 + h * 2 + 1] * p.scale;
+        vv.x += dv[j * 4 + h * 2], vv.y += dv[j * 4 + h * 2 + 1];
+        *xk = vk, *xv = vv;
+      }
+  }
+#endif
+}
+
+}  // namespace attention::cuda
+#endif
