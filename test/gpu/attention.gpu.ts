@@ -245,6 +245,7 @@ cases.push(
   ['head dim 208', { n: 77, heads: 4, kvHeads: 1, headDim: 208, window: 20 }],
   ['head dim 80', { n: 77, heads: 4, kvHeads: 2, headDim: 80, sinks: true }],
   ['head dim 8', { n: 77, heads: 4, kvHeads: 2, headDim: 8, start: 33 }],
+  ['few keys carry a row', { n: 40, heads: 8, kvHeads: 1, headDim: 64, start: 1000, spread: 6, sinks: true }],
   ['large scores beyond f32 from tile to tile', { n: 500, heads: 8, kvHeads: 1, headDim: 64, spread: 250, sinks: true }],
   ['large scores beyond f32 from tile to tile, x 128', { n: 500, heads: 4, kvHeads: 1, headDim: 128, spread: 250 }],
   ['scale 0', { n: 140, heads: 2, kvHeads: 2, headDim: 64, scale: 0 }],

@@ -10,12 +10,12 @@ namespace {
 
 /* Long: many keys a query. Edge: windows, and the second launch after Long. */
 struct Dim64 {
-  using Long = HopperConfig<64, 3, 128, 4, 1, true, true>;
-  using Edge = HopperConfig<64, 3, 80, 5, 2, false, false>;
+  using Long = HopperConfig<64, 3, 128, 4, 1, true, true, false>;
+  using Edge = HopperConfig<64, 3, 80, 5, 2, false, false, false>;
 };
 struct Dim128 {
-  using Long = HopperConfig<128, 3, 80, 3, 1, true, true>;
-  using Edge = HopperConfig<128, 2, 80, 3, 1, false, false>;
+  using Long = HopperConfig<128, 3, 64, 4, 1, true, true, true>;
+  using Edge = HopperConfig<128, 3, 64, 3, 2, false, false, true>;
 };
 
 template <class C>

@@ -24,10 +24,11 @@ struct HopperForward {
 
 constexpr int kMaxFlags = 1024; /* items of one block in the second launch */
 
-template <int HD_, int WGS_, int BN_, int STAGES_, int QS_, bool FAST_, bool PINGPONG_>
+template <int HD_, int WGS_, int BN_, int STAGES_, int QS_, bool FAST_, bool PINGPONG_, bool BESIDE_>
 struct HopperConfig {
   static constexpr int HD = HD_, WGS = WGS_, BN = BN_, STAGES = STAGES_, QS = QS_;
   static constexpr bool FAST = FAST_, PINGPONG = PINGPONG_;
+  static constexpr bool BESIDE = BESIDE_; /* exponentials run beside the same warpgroup's output product, not only beside the next scores and the other warpgroups */
   static constexpr int BM = WGS * 64, THREADS = (WGS + 1) * 128;
   static constexpr int BLOCKS = HD / 64; /* of 64 columns: what a swizzled row holds */
   static constexpr int REGISTERS = WGS == 2 ? 240 : 160, PRODUCER_REGISTERS = 24;
@@ -194,15 +195,26 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
     /* s becomes P, f32; where the reference moved, `shrink` is what older sums are to be multiplied with. */
     auto softmax = [&](int key0) {
       const bool front = key0 + BN >= open_end;  // some row may see its first key here
-      if (front || key0 < open_begin) {
+      if (front) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const int from = low[h] - key0 - lane % 4 * 2, to = high[h] - key0 - lane % 4 * 2;
+          const int to = high[h] - key0 - lane % 4 * 2;
 #pragma unroll
           for (int j = 0; j < BN / 8; j++)
 #pragma unroll
             for (int e = 0; e < 2; e++)
-              if (j * 8 + e < from || j * 8 + e > to) s[4 * j + 2 * h + e] = -INFINITY;
+              if (j * 8 + e > to) s[4 * j + 2 * h + e] = -INFINITY;
+        }
+      }
+      if (key0 < open_begin) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int from = low[h] - key0 - lane % 4 * 2;
+#pragma unroll
+          for (int j = 0; j < BN / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+              if (j * 8 + e < from) s[4 * j + 2 * h + e] = -INFINITY;
         }
       }
       moved = false;
@@ -216,7 +228,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
           m[h] = fmaxf(m[h], __shfl_xor_sync(~0u, m[h], 1));
           m[h] = fmaxf(m[h], __shfl_xor_sync(~0u, m[h], 2));
         }
-        moved = __any_sync(~0u, (m[0] - top[0]) * c > 8 || (m[1] - top[1]) * c > 8);  // P may pass 1: it is as exact there
+        moved = __any_sync(~0u, m[0] > top[0] || m[1] > top[1]);
         if (moved) {
 #pragma unroll
           for (int h = 0; h < 2; h++) {
@@ -281,8 +293,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
       next_turn();
       wgmma_wait<1>();
       hold(s);
-      release(k_empty + 8 * at.stage);
+      if (!C::BESIDE) release(k_empty + 8 * at.stage);
       softmax(key0);
+      // Nothing but a memory operation that needs all exponentials keeps ptxas from moving the next wait before them. Sums are never negative.
+      if (C::BESIDE && lane == 0 && !(sum[0] + sum[1] == -1.0f)) mbarrier_arrive(k_empty + 8 * at.stage);
       wgmma_wait<0>();
       hold(o), hold_probs();
       release(v_empty + 8 * before.stage);
