@@ -123,7 +123,12 @@ int start(const Backward& b, void* stream) {
     if (const int e = cudaMemsetAsync(a.dq_sum, 0, rows * C::HD * 4, s)) return e;
   rows_kernel<<<dim3(a.tiles * (C::M / 32), (p.heads + 31) / 32), dim3(32, 8), 0, s>>>(b.lse, b.delta, lse, delta, p.n, p.heads, a.tiles * C::M);
   low_kernel<<<1, 1024, 0, s>>>(p, low, a.tiles, C::M);
-  const int64_t blocks = ((keys + kKeys - 1) / kKeys - a.first_tile) * p.kv_heads;
+  const int64_t key_tiles = (keys + kKeys - 1) / kKeys - a.first_tile, blocks = key_tiles * p.kv_heads;
+  // One K/V head after the other keeps Q, dO and dQ of its heads in the L2 cache, but ends on that head's dearest keys: for long triangles only. Turns want few blocks in a row.
+  int device = 0, processors = 0;
+  if (const cudaError_t e = cudaGetDevice(&device)) return e;
+  if (const cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
+  a.run = !C::ORDERED && p.window == 0 && p.start < p.n && blocks >= 7 * static_cast<int64_t>(processors) ? static_cast<int>(key_tiles) : 1;
   if (const int e = launch(hopper_backward_kernel<C>, blocks, C::THREADS, C::SMEM, a, stream)) return e;
   const int pieces = a.tiles * (C::M / 64);
   dq_kernel<C::HD><<<dim3(pieces, p.heads), 256, 0, s>>>(a.dq_sum, static_cast<bf16*>(b.dq), b.dq_stride, p.n, pieces, p.dim, p.scale);

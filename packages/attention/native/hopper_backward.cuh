@@ -26,6 +26,7 @@ struct HopperBackward {
   int* turn;          /* [heads, tiles]: how many tiles of keys were added to dQ */
   int* ticket;
   int tiles, first_tile; /* tiles of queries; first tile of keys */
+  int run;               /* tiles of keys that one K/V head has in a row, before the next head; 1: heads take turns */
 };
 
 /* M: queries of a tile; at 128 P is used as it was rounded for dV, for want of registers. DQ_BUFFERS: tiles of dQ on their way to memory. */
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
     words[0] = atomicAdd(a.ticket, 1);
   }
   __syncthreads();
-  const int item = words[0], kv_head = item % p.kv_heads, key_tile = a.first_tile + item / p.kv_heads, key0 = key_tile * N;
+  const int item = words[0], kv_head = item / a.run % p.kv_heads, key_tile = a.first_tile + item / (a.run * p.kv_heads) * a.run + item % a.run, key0 = key_tile * N;
   const int begin = max(0, key0 - p.start) / M;  // query tiles
   int end = a.tiles;
   {  // up to the first whose first key lies beyond
