@@ -808,6 +808,39 @@ gemmTest('gemm: an element has the same bits wherever its row lies', async () =>
   }
 });
 
+gemmTest('grouped gemm: many rows per expert and a long k, x W', async () => {
+  const [rows, k, n] = [2560, 4104, 136];
+  const a = make([rows, k], 'bf16', 1);
+  const b = make([2, k, n], 'bf16', 2);
+  using offsets = empty([3], { dtype: 'i32', device: 'cuda' });
+  using host = fromTypedArray(Int32Array.of(0, 1100, rows), [3]);
+  copy(offsets, host);
+  using c = empty([rows, n], { device: 'cuda' });
+  fill(c, Number.NaN);
+  groupedGemm({ a: a.gpu, b: b.gpu, c, offsets });
+  for (const row of [0, 255, 256, 1099, 1100, 1355, 1356, 2559]) {
+    const e = row < 1100 ? 0 : 1;
+    const { sum, magnitude } = gemmReference(
+      a.values.subarray(row * k, (row + 1) * k),
+      b.values.subarray(e * k * n, (e + 1) * k * n),
+      1,
+      n,
+      k,
+      false,
+      false,
+    );
+    close(`row ${row}`, await fetch(c.rows(row, 1)), sum, 'f32', (i) => magnitude[i] as number, k);
+  }
+  // Each row has the bits that a plain product gives it.
+  using plain = empty([rows - 1100, n], { device: 'cuda' });
+  gemm({ a: a.gpu.rows(1100, rows - 1100), b: b.gpu.rows(1, 1).view([k, n]), c: plain, backend: 1 });
+  const [want, got] = [await plain.read(), await c.rows(1100, rows - 1100).read()];
+  assert(
+    got.every((v, i) => v === want[i]),
+    'bits differ from those of a plain product',
+  );
+});
+
 gemmTest('grouped gemm: large tiles; offsets that lie do not lead outside', async () => {
   const offsets = [0, 700, 700, 1957, 4000, 4096, 5000, 5500, 6400];
   const experts = offsets.length - 1;

@@ -41,7 +41,7 @@ struct HopperLaunch {
   GemmLaunch p;
   int32_t height;            /* of a tile; of grouped products, the most */
   int32_t across;            /* tiles across c, a multiple of the cluster */
-  int32_t band;              /* of a plain product: as many tiles down c run together, over all columns; they share operands in L2 */
+  int32_t band;              /* tiles down c that run together */
 };
 
 struct HopperShared {
@@ -61,6 +61,15 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
+/* Tile `local` of `down` x `across`: as many tiles down as a band has run together, over all columns; they share operands in L2. */
+struct At {
+  uint32_t down, across;
+};
+__device__ __forceinline__ At within_band(uint32_t local, uint32_t down, uint32_t across, uint32_t band) {
+  const uint32_t per_band = band * across, first = local / per_band * band, size = min(down - first, band), in = local % per_band;
+  return {first + in % size, in / size};
+}
+
 /* Tile number `index`; all lanes of a warp call it. The blocks of a cluster have neighbouring columns of the same rows. */
 template <int CLUSTER>
 __device__ __forceinline__ bool find(const HopperLaunch& q, uint32_t index, HopperTile* t) {
@@ -71,9 +80,9 @@ __device__ __forceinline__ bool find(const HopperLaunch& q, uint32_t index, Hopp
     const uint32_t height = static_cast<uint32_t>(q.height), down = static_cast<uint32_t>((p.m + height - 1) / height), per_product = across * down;
     const uint32_t product = index / per_product, local = index % per_product;
     if (product >= static_cast<uint32_t>(p.splits > 1 ? p.splits : 1)) return false;
-    const uint32_t band = static_cast<uint32_t>(q.band), per_band = band * across, first = local / per_band * band, size = min(down - first, band), in = local % per_band;
-    t->row = static_cast<int32_t>((first + in % size) * height);
-    t->column = static_cast<int32_t>((in / size * CLUSTER + rank) * G::COLUMNS);
+    const At at = within_band(local, down, across, static_cast<uint32_t>(q.band));
+    t->row = static_cast<int32_t>(at.down * height);
+    t->column = static_cast<int32_t>((at.across * CLUSTER + rank) * G::COLUMNS);
     t->rows = static_cast<int32_t>(min(p.m - t->row, static_cast<int64_t>(height)));
     t->height = static_cast<int32_t>(height);
     t->expert = 0;
@@ -99,12 +108,13 @@ __device__ __forceinline__ bool find(const HopperLaunch& q, uint32_t index, Hopp
       const int at = __ffs(static_cast<int>(found)) - 1;
       const uint32_t local = left - __shfl_sync(~0u, sum - tiles, at), of = __shfl_sync(~0u, down, at);
       const int first = __shfl_sync(~0u, static_cast<int>(start), at), rows = __shfl_sync(~0u, static_cast<int>(end - start), at);
-      // About equal heights, and an expert's tiles of the same columns next to each other: they share the weights in L2.
-      const int height = ((rows + static_cast<int>(of) - 1) / static_cast<int>(of) + G::STEP - 1) / G::STEP * G::STEP, from = static_cast<int>(local % of) * height;
+      // About equal heights; an expert's tiles of the same columns are next to each other, so that they share the weights in L2.
+      const At tile = within_band(local, of, across, static_cast<uint32_t>(q.band));
+      const int height = ((rows + static_cast<int>(of) - 1) / static_cast<int>(of) + G::STEP - 1) / G::STEP * G::STEP, from = static_cast<int>(tile.down) * height;
       t->row = first + from;
       t->rows = max(0, min(rows - from, height));
       t->height = t->rows > 0 ? (t->rows + G::STEP - 1) / G::STEP * G::STEP : 0;
-      t->column = static_cast<int32_t>((local / of * CLUSTER + rank) * G::COLUMNS);
+      t->column = static_cast<int32_t>((tile.across * CLUSTER + rank) * G::COLUMNS);
       t->expert = base + at;
       t->k = 0;
       t->steps = static_cast<int32_t>((p.k + G::BK - 1) / G::BK);
@@ -130,19 +140,19 @@ struct Ring {
   }
 };
 
-/* Lets a stage be filled again: in every block whose copies reach it. */
+/* Lets a stage be filled again: in every block whose copies reach it. All lanes of the warp have read what they need of it. */
 template <int CLUSTER>
 __device__ __forceinline__ void release(uint32_t bar) {
+  __syncwarp();
   if (threadIdx.x % 32 == 0) {
     if constexpr (CLUSTER == 1) {
       mbarrier_arrive(bar);
     } else {
 #pragma unroll
-      for (int i = 0; i < CLUSTER; i++)
+      for (int i = 0; i < CLUSTER; i++)  // (with .release.cluster each would wait for all earlier writes)
         asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(i) : "memory");
     }
   }
-  __syncwarp();
 }
 
 __device__ __forceinline__ uint32_t pack(float a, float b) {
@@ -152,12 +162,13 @@ __device__ __forceinline__ uint32_t pack(float a, float b) {
 __device__ __forceinline__ float2 unpack(uint32_t v) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v)); }
 
 /* A warpgroup's 64 columns of c by N rows. Fragments are transposed by stmatrix into rows of 128 bytes, which leave whole; an earlier c comes in the same way, so that alpha and beta
- * meet in f32. */
-template <int N>
-__device__ __forceinline__ void store(const float (&acc)[N / 2], const GemmLaunch& p, const HopperTile& t, int group, uint32_t staging) {
+ * meet in f32. `ready` is called before the first use of acc: what c holds is fetched while the last products run. */
+template <int N, class Ready>
+__device__ __forceinline__ void store(float (&acc)[N / 2], const GemmLaunch& p, const HopperTile& t, int group, uint32_t staging, Ready ready) {
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int64_t column0 = t.column + group * 64;
   if (p.c_f32) {
+    ready();
     const int64_t column = column0 + warp * 16 + lane / 4;
     float* c = static_cast<float*>(p.c) + t.c + column;
 #pragma unroll
@@ -174,29 +185,43 @@ __device__ __forceinline__ void store(const float (&acc)[N / 2], const GemmLaunc
   const int64_t column = column0 + chunk * 8;
   const bool whole = p.vector_c && column + 8 <= p.n;
   const int left = static_cast<int>(min(static_cast<int64_t>(8), max(static_cast<int64_t>(0), p.n - column)));
+  uint16_t* const c0 = static_cast<uint16_t*>(p.c) + t.c + row0 * p.ldc + column;
+  if (p.beta != 0.0f && chunk == 0 && left > 0) {
+#pragma unroll 1
+    for (int row = row0; row < t.rows; row += 16) asm volatile("prefetch.global.L2 [%0];" ::"l"(c0 + (row - row0) * p.ldc));
+  }
+  ready();
 #pragma unroll
   for (int half = 0; half < (N + 127) / 128; half++) {
     const int rows = N - half * 128 < 128 ? N - half * 128 : 128;
-    uint16_t* c = static_cast<uint16_t*>(p.c) + t.c + (half * 128 + row0) * p.ldc + column;
+    uint16_t* c = c0 + half * 128 * p.ldc;
     const int exist = t.rows - half * 128 - row0;
     bar_sync(1 + group, 128);  // everyone has taken what lay here before
     if (p.beta != 0.0f) {
 #pragma unroll
-      for (int i = 0; i < rows / 16; i++) {
-        const int row = row0 + i * 16;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (i * 16 < exist) {
-          const uint16_t* from = c + i * 16 * p.ldc;
+      for (int first = 0; first < rows / 16; first += 4) {  // four loads under way at once
+        uint4 v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          v[i] = make_uint4(0, 0, 0, 0);
+          if (first + i >= rows / 16 || (first + i) * 16 >= exist) continue;
+          const uint16_t* from = c + (first + i) * 16 * p.ldc;
           if (whole) {
-            v = *reinterpret_cast<const uint4*>(from);
+            v[i] = *reinterpret_cast<const uint4*>(from);
           } else {
-            uint32_t* parts = reinterpret_cast<uint32_t*>(&v);
+            uint32_t parts[4] = {0, 0, 0, 0};
 #pragma unroll
             for (int e = 0; e < 8; e++)
               if (e < left) parts[e / 2] |= static_cast<uint32_t>(from[e]) << (e % 2 * 16);
+            v[i] = make_uint4(parts[0], parts[1], parts[2], parts[3]);
           }
         }
-        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(staging + row * 128 + ((chunk ^ (row & 7)) << 4)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int row = row0 + (first + i) * 16;
+          if (first + i < rows / 16)
+            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(staging + row * 128 + ((chunk ^ (row & 7)) << 4)), "r"(v[i].x), "r"(v[i].y), "r"(v[i].z), "r"(v[i].w) : "memory");
+        }
       }
       bar_sync(1 + group, 128);
     }
@@ -210,8 +235,8 @@ __device__ __forceinline__ void store(const float (&acc)[N / 2], const GemmLaunc
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 #pragma unroll
         for (int h = 0; h < 4; h++) {
-          const float2 before = unpack(r[h]);
-          r[h] = pack(p.alpha * acc[v + h * 2] + p.beta * before.x, p.alpha * acc[v + h * 2 + 1] + p.beta * before.y);
+          const float2 old = unpack(r[h]);
+          r[h] = pack(p.alpha * acc[v + h * 2] + p.beta * old.x, p.alpha * acc[v + h * 2 + 1] + p.beta * old.y);
         }
       } else {
 #pragma unroll
@@ -263,10 +288,11 @@ __device__ __forceinline__ void multiply(const GemmLaunch& p, const HopperTile& 
     before = empty + ring.stage * 8;
     ring.next();
   }
-  wgmma_wait<0>();
-  hold(acc);
-  release<CLUSTER>(before);
-  store<N>(acc, p, t, group, staging);
+  store<N>(acc, p, t, group, staging, [&] {
+    wgmma_wait<0>();
+    hold(acc);
+    release<CLUSTER>(before);
+  });
 }
 
 /* `rows` of a tile, in copies of 64; those of a cluster are shared out, and each goes to all blocks. */
