@@ -94,7 +94,7 @@ export interface AttentionBackwardArgs extends AttentionArgs {
   /** f32 [heads]: added to. Needs `sinks`. */
   dSinks?: Tensor | null;
   /**
-   * Default true: the same bits every time. False: on a GPU, full attention at head dims up to 64 (on Hopper cards, all attention up to 128) sums dQ in no
+   * Default true: the same bits every time. False: on a GPU, full attention at head dims up to 64 (on Hopper cards up to 128) sums dQ in no
    * fixed order, which is faster and takes f32 scratch for all of dQ (`attentionWorkspaceBytes`; Hopper cards take it either way); dQ then differs from run
    * to run by the rounding of f32 sums; dK, dV and dSinks do not.
    */
