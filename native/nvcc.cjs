@@ -28,7 +28,7 @@ execFileSync(
     '2',
     '--compress-mode=size',
     '--expt-relaxed-constexpr',
-    '-lineinfo',
+    ...(process.env.LCTX_LINEINFO === '1' ? ['-lineinfo'] : []), // for profilers and compute-sanitizer; it would be a third of an addon
     '-DLCTX_WITH_CUDA',
     ...(targets.includes('90a') ? ['-DLCTX_HOPPER'] : []), // lctx/hopper.cuh: host code may choose kernels that exist for sm_90a alone
     '-Xcompiler=-fPIC,-fvisibility=hidden',
