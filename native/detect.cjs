@@ -68,7 +68,13 @@ const nvccVersion = () => (cudaHome() ? version(join(cudaHome(), 'bin/nvcc')) : 
 function key() {
   if (!cuda().on) return 'cpu';
   const script = readFileSync(join(__dirname, 'nvcc.cjs'));
-  return createHash('sha256').update(archs().join()).update(nvccVersion()).update(process.env.LCTX_LINEINFO ?? '').update(script).digest('hex').slice(0, 12);
+  return createHash('sha256')
+    .update(archs().join())
+    .update(nvccVersion())
+    .update(process.env.LCTX_LINEINFO ?? '')
+    .update(script)
+    .digest('hex')
+    .slice(0, 12);
 }
 
 /** What turbo hashes besides files: compilers come and go without any file of the repository changing. */
