@@ -1,7 +1,7 @@
 # Included inside each target: compiles every .cc (and, with CUDA, every .cu) of packages/<name>/native.
 {
   'variables': { 'lc_exports%': 'exports.map' },
-  'sources': ['<!@(node ../../../native/sources.cjs cc)'],
+  'sources': ['build_info.cc', '<!@(node ../../../native/sources.cjs cc)'],
   'ldflags': [
     '-Wl,--exclude-libs,ALL', '-Wl,--gc-sections',
     # A worker that loaded the addon would otherwise unload it on exit, with pool threads and vtables still in use.

@@ -2,8 +2,9 @@
 import { existsSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import type { BuildInfo } from '@lc/tensor';
 import { afterAll, beforeAll, expect, it } from 'vitest';
-import { execute, packages, plainEnv, root, Tarballs } from './install.js';
+import { execute, packages, plainEnv, readManifest, root, Tarballs } from './install.js';
 
 const addons = packages.filter((name) => name !== 'tensor' && existsSync(join(root, 'packages', name, 'native/binding.gyp')));
 let home: string;
@@ -59,6 +60,25 @@ it('every addon loads and takes the table', () => {
     const loads = (name) => typeof loadAddon({ packageName: '@lc/' + name, from: from(name) })().init === 'function';
     console.log(JSON.stringify(${JSON.stringify(addons)}.filter(loads)));`;
   expect(inProject('module', script)).toEqual(addons);
+});
+
+it('every addon says what it was built from: to JS, and as text in its file', () => {
+  const script = `
+    import { buildInfo, loadAddon } from '@lc/tensor';
+    import { readFileSync } from 'node:fs';
+    const dir = (name) => process.cwd() + '/node_modules/@lc/' + name;
+    const text = (name) => readFileSync(dir(name) + '/prebuilds/linux-x64/@lc+' + name + '.glibc.node', 'latin1').match(/lc_build_info (\\{[^}]*\\})/)[1];
+    const infos = { tensor: buildInfo() };
+    for (const name of ${JSON.stringify(addons)}) infos[name] = loadAddon({ packageName: '@lc/' + name, from: dir(name) + '/dist/index.js' })().buildInfo;
+    console.log(JSON.stringify(Object.entries(infos).map(([name, info]) => ({ name, info, file: JSON.parse(text(name)) }))));`;
+  const all = inProject<{ name: string; info: BuildInfo; file: BuildInfo }[]>('module', script);
+  expect(all.map(({ name }) => name).sort()).toEqual(['tensor', ...addons].sort());
+  for (const { name, info, file } of all) {
+    expect(file).toEqual(info);
+    expect(info).toMatchObject({ version: readManifest(join(root, 'packages', name)).version, abi: all[0]?.info.abi, napi: 8 });
+    expect(info.compiler).toMatch(/^\w\S* \d+\./);
+    expect(typeof info.cudaTargets).toBe(info.cuda ? 'string' : 'undefined');
+  }
 });
 
 it('a package without its binary, or with one that is none, says what to do', () => {

@@ -1,6 +1,7 @@
 /* Unpacks arguments. Shapes are explained to the user in src/plan.ts; what is checked here again is what memory safety rests on. */
 #include "attention.h"
 #include "cuda_addon.h"
+#include "lctx/build_info.h"
 #include "lctx/napi_glue.h"
 #include "rope.h"
 
@@ -178,6 +179,7 @@ Napi::Value hopper(const Napi::CallbackInfo& info) {
 }
 
 Napi::Object start(Napi::Env env, Napi::Object exports) {
+  exports.Set("buildInfo", lctx::build_info(env));
   exports.Set("init", Napi::Function::New(env, [](const Napi::CallbackInfo& info) { lctx::init(info); }));
   exports.Set("forward", Napi::Function::New(env, forward));
   exports.Set("backward", Napi::Function::New(env, backward));

@@ -1,4 +1,5 @@
 #include "chunked_ce.h"
+#include "lctx/build_info.h"
 #include "lctx/napi_glue.h"
 #ifdef LCTX_WITH_CUDA
 #include "cuda_addon.h"
@@ -71,6 +72,7 @@ void move_rows(const Napi::CallbackInfo& info, const char* op, bool gather) {
 
 static Napi::Object lc_init(Napi::Env env, Napi::Object exports) {
   using namespace lctx::chunked_ce;
+  exports.Set("buildInfo", lctx::build_info(env));
   exports.Set("init", Napi::Function::New(env, lctx::init));
   exports.Set("crossEntropyRows", Napi::Function::New(env, rows));
   exports.Set("gatherRows", Napi::Function::New(env, [](const Napi::CallbackInfo& info) { move_rows(info, "gatherRows", true); }));

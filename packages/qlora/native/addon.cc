@@ -1,4 +1,5 @@
 /* Unpacks arguments; the kernels are in *_cpu.cc. Sizes are checked here only for memory safety: src/ explains what is wrong. */
+#include "lctx/build_info.h"
 #include "lctx/napi_glue.h"
 #include "lora.h"
 #include "optim.h"
@@ -238,6 +239,7 @@ Napi::Value adamw(const Napi::CallbackInfo& info) {
 }
 
 Napi::Object setup(Napi::Env env, Napi::Object exports) {
+  exports.Set("buildInfo", lctx::build_info(env));
   exports.Set("init", Napi::Function::New(env, init));
   exports.Set("nf4Quantize", Napi::Function::New(env, nf4_quantize));
   exports.Set("doubleQuantize", Napi::Function::New(env, double_quantize));

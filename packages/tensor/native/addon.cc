@@ -4,6 +4,7 @@
 #include <thread>
 #include <vector>
 
+#include "lctx/build_info.h"
 #include "lctx/napi_glue.h"
 #include "memory_info.h"
 #include "runtime.h"
@@ -414,12 +415,6 @@ Napi::Value pointer(const Napi::CallbackInfo& info) {
   return Napi::BigInt::New(info.Env(), static_cast<uint64_t>(reinterpret_cast<uintptr_t>(t->view.data)));
 }
 
-#ifdef LCTX_WITH_CUDA
-constexpr bool kWithCuda = true;
-#else
-constexpr bool kWithCuda = false;
-#endif
-
 Napi::Object init_module(Napi::Env env, Napi::Object exports) {
   auto* data = new EnvHandle(std::make_shared<EnvState>());
   (*data)->env = env;
@@ -434,15 +429,7 @@ Napi::Object init_module(Napi::Env env, Napi::Object exports) {
   napi_type_tag_object(env, external, &kApiTag);
   exports.Set("api", external);
   exports.Set("adopted", table != own_api());
-  Napi::Object build = Napi::Object::New(env);
-  build.Set("version", own_api()->version);
-  build.Set("abi", std::to_string(LCTX_ABI_MAJOR) + "." + std::to_string(LCTX_ABI_MINOR));
-  build.Set("cuda", kWithCuda);
-  build.Set("compiler", __VERSION__);
-#ifdef LCTX_CUDA_TARGETS
-  build.Set("cudaTargets", LCTX_CUDA_TARGETS);
-#endif
-  exports.Set("buildInfo", build);
+  exports.Set("buildInfo", build_info(env));
   exports.Set("numThreads", Napi::Function::New(env, [](const Napi::CallbackInfo& info) { return Napi::Number::New(info.Env(), api()->num_threads()); }));
   exports.Set("alloc", Napi::Function::New(env, alloc));
   exports.Set("dispose", Napi::Function::New(env, dispose_handle));

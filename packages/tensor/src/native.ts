@@ -28,12 +28,17 @@ export interface MemInfo {
   liveBytes: number;
   peakBytes: number;
 }
+/** What a binary was built from. Every addon has it as `buildInfo`, and as exported text `lc_build_info` that can be read from the file. */
 export interface BuildInfo {
   version: string;
   abi: string;
+  /** Node-API version that it needs. */
+  napi: number;
   /** Whether this binary contains CUDA code. */
   cuda: boolean;
+  /** e.g. `80,90a,100,120`; code runs on later minor versions of its major one. */
   cudaTargets?: string;
+  cudaToolkit?: string;
   compiler: string;
 }
 

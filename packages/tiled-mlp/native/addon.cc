@@ -1,3 +1,4 @@
+#include "lctx/build_info.h"
 #include "lctx/napi_glue.h"
 #include "tiled_mlp.h"
 #ifdef LCTX_WITH_CUDA
@@ -221,6 +222,7 @@ void combine_op(const Napi::CallbackInfo& info) {
 }  // namespace
 
 Napi::Object start(Napi::Env env, Napi::Object exports) {
+  exports.Set("buildInfo", lctx::build_info(env));
   exports.Set("init", Napi::Function::New(env, init));
   exports.Set("glu", Napi::Function::New(env, glu_op));
   exports.Set("gluBackward", Napi::Function::New(env, glu_backward_op));
