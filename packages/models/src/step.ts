@@ -32,8 +32,8 @@ export interface TrainingSessionOptions {
   /** Only `evaluate` will be called: no checkpoints are kept. */
   readonly evaluateOnly?: boolean;
   /**
-   * Same sequence, same gradients, bit for bit. Default true. False: on a GPU full attention's backward is faster at head dims up to 64, sums dQ in no fixed
-   * order, and takes f32 scratch for the dQ of a chunk; the CPU is deterministic always.
+   * Same sequence, same gradients, bit for bit. Default true. False: on a GPU full attention's backward is faster at head dims up to 64 (on Hopper cards up to 128), sums
+   * dQ in no fixed order, and takes f32 scratch for the dQ of a chunk; the CPU is deterministic always.
    */
   readonly deterministic?: boolean;
   /** For tests: hold every recomputed layer output against the forward's, bit for bit. */

@@ -29,7 +29,7 @@ const schema = z.strictObject({
   maxGradNorm: z.number().nonnegative().default(1),
   optim: z.enum(['adamw_torch', 'adamw_8bit']).default('adamw_torch'),
   seed: z.number().int().nonnegative().max(0xffffffff).default(3407),
-  /** Same seed, same bits. False: faster attention backward on a GPU, at head dims up to 64, whose dQ is summed in no fixed order. */
+  /** Same seed, same bits. False: faster attention backward on a GPU, at head dims up to 64 (on Hopper cards up to 128), whose dQ is summed in no fixed order. */
   deterministic: z.boolean().default(true),
   loggingSteps: count.default(1),
   /** Evaluate on evalDataset every N steps; default only at the end. */
@@ -54,7 +54,7 @@ const schema = z.strictObject({
   maxSeqLength: count.optional(),
   /** Bytes of device memory that this process may take, CUDA context and libraries included; default what is free. */
   vramLimit: z.number().int().positive().optional(),
-  /** Bytes of host memory that a step may take; default 90% of what is free. */
+  /** Bytes of RAM that lc's allocator may take; plans take at most 90% of what is free. */
   ramLimit: z.number().int().positive().optional(),
 });
 
