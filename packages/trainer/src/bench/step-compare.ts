@@ -75,11 +75,22 @@ export interface ChunkCheck {
   worstError: number;
   worstName: string;
   parameters: number;
+  /** What rounding alone makes of it, on a GPU: the first run again with the portable GEMM, which adds in another order. */
+  noise?: { loss: number; medianError: number; worstError: number };
 }
 
-/** Loss and gradients at two chunk sizes, from the same parameters. @throws ERR_LC_PLAN, ERR_LC_OUT_OF_MEMORY */
+interface Gradients {
+  chunk: number;
+  loss: number;
+  gradients: Map<string, Float32Array>;
+}
+
+/**
+ * Loss and gradients at two chunk sizes, from the same parameters; on a GPU beside those of the first chunk size with products rounded otherwise, so that the reader sees what bf16's
+ * noise is for this model and length. @throws ERR_LC_PLAN, ERR_LC_OUT_OF_MEMORY
+ */
 export async function checkChunk(model: CausalLM, c: StepCase, other: number, io: StepIo): Promise<ChunkCheck> {
-  const run = async (chunk: number | undefined): Promise<{ chunk: number; loss: number; gradients: Map<string, Float32Array> }> => {
+  const run = async (chunk: number | undefined): Promise<Gradients> => {
     applyCaps(model.device, c);
     const prepared = new PreparedStep(model, { ...c, chunk });
     try {
@@ -98,17 +109,30 @@ export async function checkChunk(model: CausalLM, c: StepCase, other: number, io
   };
   const first = await run(c.chunk);
   const second = await run(other);
-  const errors = [...first.gradients].map(([name, a]) => ({ name, error: relativeError(second.gradients.get(name) as Float32Array, a) }));
-  const worst = errors.reduce((most, e) => (e.error > most.error || Number.isNaN(e.error) ? e : most));
-  return {
+  const result = {
     tokens: c.tokens,
-    chunks: [first.chunk, second.chunk],
-    losses: [first.loss, second.loss],
-    medianError: median(errors.map((e) => e.error)),
-    worstError: worst.error,
-    worstName: worst.name,
-    parameters: errors.length,
+    chunks: [first.chunk, second.chunk] as [number, number],
+    losses: [first.loss, second.loss] as [number, number],
+    ...errorsBetween(second, first),
+    parameters: first.gradients.size,
   };
+  if (!model.device.startsWith('cuda')) return result;
+  const chosen = process.env.LCTX_GEMM;
+  process.env.LCTX_GEMM = 'portable';
+  try {
+    const again = await run(first.chunk);
+    const { medianError, worstError } = errorsBetween(again, first);
+    return { ...result, noise: { loss: again.loss, medianError, worstError } };
+  } finally {
+    if (chosen === undefined) delete process.env.LCTX_GEMM;
+    else process.env.LCTX_GEMM = chosen;
+  }
+}
+
+function errorsBetween(got: Gradients, want: Gradients): { medianError: number; worstError: number; worstName: string } {
+  const errors = [...want.gradients].map(([name, a]) => ({ name, error: relativeError(got.gradients.get(name) as Float32Array, a) }));
+  const worst = errors.reduce((most, e) => (e.error > most.error || Number.isNaN(e.error) ? e : most));
+  return { medianError: median(errors.map((e) => e.error)), worstError: worst.error, worstName: worst.name };
 }
 
 function gradientsOf(model: CausalLM): Map<string, Float32Array> {

@@ -1,5 +1,6 @@
 /** How results of steps are printed. */
 import { count, fixed, gibibytes, type Row, type Table, text } from './report.js';
+import type { ChunkCheck } from './step-compare.js';
 import type { StepResult } from './step-run.js';
 import type { SearchResult } from './step-search.js';
 
@@ -98,10 +99,14 @@ export function checkTable(rows: readonly Row[]): Table {
       ['median', (r) => (r.medianError as number).toExponential(1)],
       ['worst', (r) => (r.worstError as number).toExponential(1)],
       ['of', text('worstName')],
+      ['rounding alone (portable GEMM): loss', (r) => noise(r)?.loss.toFixed(6) ?? ''],
+      ['median', (r) => noise(r)?.medianError.toExponential(1) ?? ''],
+      ['worst', (r) => noise(r)?.worstError.toExponential(1) ?? ''],
     ],
     rows,
   };
 }
+const noise = (row: Row): ChunkCheck['noise'] => row.noise as ChunkCheck['noise'];
 
 const longestText = (found: SearchResult | undefined): string => {
   if (!found) return '';
