@@ -130,7 +130,7 @@ describe('what is refused', () => {
 
   it('a structuredClone: handles do not pass between threads, and what arrives without one is no tensor', async () => {
     using x = zeros([4]);
-    expect(() => structuredClone(x)).toThrow(/could not be cloned/);
+    expect(() => structuredClone(x.handle)).toThrow(/could not be cloned/);
     const script = `
       const { parentPort, workerData } = require('node:worker_threads');
       const core = require(workerData.core), a = require(workerData.a);

@@ -18,6 +18,7 @@ void register_cuda(Napi::Env env, Napi::Object exports);
 namespace {
 
 const napi_type_tag kDlpackTag = {LCTX_DLPACK_TAG_LO, LCTX_DLPACK_TAG_HI};
+const napi_type_tag kLoanTag = {0x6a09e667f3bcc909ull, 0x6c632f6c6f616e31ull};
 
 /* JS references may only be deleted on their environment's thread. Memory borrowed from JS can lose its last owner anywhere (a DLPack
  * consumer's thread), so the reference waits here until the environment's next call. */
@@ -52,11 +53,24 @@ void close_env(Napi::Env, EnvHandle* handle) {
 }
 EnvHandle& state(Napi::Env env) { return *env.GetInstanceData<EnvHandle>(); }
 
+/* An External that owns `p`. A thread that is being terminated makes none any more: then `p` is given back here, or nobody ever would.
+ * `Finalize` is the type of a lambda without captures. */
+template <class T, class Finalize>
+Napi::Value owning_external(Napi::Env env, T* p, const napi_type_tag& tag, Finalize) {
+  napi_value external;
+  const napi_status status = napi_create_external(
+      env, p, [](napi_env, void* data, void*) { Finalize{}(static_cast<T*>(data)); }, nullptr, &external);
+  if (status != napi_ok) {
+    Finalize{}(p);
+    throw Napi::Error::New(env);
+  }
+  napi_type_tag_object(env, external, &tag);
+  return Napi::Value(env, external);
+}
+
 Napi::Value wrap_handle(Napi::Env env, lctx_tensor* t) {
   api()->attach_handle(t);
-  auto external = Napi::External<lctx_tensor>::New(env, t, [](Napi::Env, lctx_tensor* p) { api()->detach_handle(p); });
-  napi_type_tag_object(env, external, &kTensorTag);
-  return external;
+  return owning_external(env, t, kTensorTag, [](lctx_tensor* p) { api()->detach_handle(p); });
 }
 
 /* The struct of a handle that dispose() may be called on: adopting copies of @lc/tensor share the layout, so any ABI-1 handle will do. */
@@ -115,25 +129,38 @@ Napi::Value from_typed_array(const Napi::CallbackInfo& info) {
   const std::vector<int64_t> shape = shape_arg(env, info[2]);
   void* data = nullptr;
   napi_get_typedarray_info(env, array, nullptr, nullptr, &data, nullptr, nullptr);
-  napi_ref ref;
-  napi_create_reference(env, array.ArrayBuffer(), 1, &ref);
+  napi_ref ref = nullptr;
+  if (napi_create_reference(env, array.ArrayBuffer(), 1, &ref) != napi_ok) throw Napi::Error::New(env);
   const std::string label = info[3].ToString().Utf8Value();
   lctx_tensor* t = nullptr;
   check(env, wrap(data, array.ByteLength(), {kDLCPU, 0}, info[1].ToNumber().Int32Value(), shape, label, free_borrowed, new Borrowed{state(env), ref}, &t));
   return wrap_handle(env, t);
 }
 
-/* A JS release callback runs on its own thread, whoever drops the last reference. */
+/* A JS release callback runs on its own thread, whoever drops the last reference. An environment that ends frees its thread-safe functions, whoever still
+ * counts on them, so the call asks first whether the function is there; JavaScript that is gone cannot be told any more. */
 struct PointerOwner {
+  std::mutex mutex;
+  bool closed = false;
   Napi::ThreadSafeFunction release;
 };
-void free_pointer(void* ctx) {
-  auto* owner = static_cast<PointerOwner*>(ctx);
-  if (owner->release) {
-    owner->release.NonBlockingCall([](Napi::Env, Napi::Function callback) { callback.Call({}); });
-    owner->release.Release();
+using PointerHandle = std::shared_ptr<PointerOwner>;
+/* A lambda: a plain function would be taken for the context in ThreadSafeFunction::New's overloads. */
+constexpr auto close_pointer = [](Napi::Env, PointerHandle* handle) {
+  {
+    std::lock_guard<std::mutex> lock((*handle)->mutex);
+    (*handle)->closed = true;
   }
-  delete owner;
+  delete handle;
+};
+void free_pointer(void* ctx) {
+  auto* handle = static_cast<PointerHandle*>(ctx);
+  {
+    PointerOwner& owner = **handle;
+    std::lock_guard<std::mutex> lock(owner.mutex);
+    if (!owner.closed && owner.release.NonBlockingCall([](Napi::Env, Napi::Function callback) { callback.Call({}); }) == napi_ok) owner.release.Release();
+  }
+  delete handle;
 }
 
 /* fromPointer(ptr: bigint, nbytes, deviceType, deviceId, dtype, shape, label, release?) -> External */
@@ -145,15 +172,17 @@ Napi::Value from_pointer(const Napi::CallbackInfo& info) {
   if (!lossless || ptr == 0) throw_type(env, "ERR_LC_ARGUMENT", "fromPointer: ptr must be a non-null 64-bit address");
   const std::vector<int64_t> shape = shape_arg(env, info[5]);
   const std::string label = info[6].ToString().Utf8Value();
-  auto* owner = new PointerOwner();
+  auto owner = std::make_shared<PointerOwner>();
   if (info[7].IsFunction()) {
-    owner->release = Napi::ThreadSafeFunction::New(env, info[7].As<Napi::Function>(), "lc.release", 0, 1);
+    owner->release = Napi::ThreadSafeFunction::New(env, info[7].As<Napi::Function>(), "lc.release", 0, 1, close_pointer, new PointerHandle(owner));
     owner->release.Unref(env);  // a tensor that lives on must not keep the process alive
+  } else {
+    owner->closed = true;
   }
   lctx_tensor* t = nullptr;
   check(env, wrap(reinterpret_cast<void*>(ptr), static_cast<uint64_t>(info[1].ToNumber().Int64Value()),
                   {info[2].ToNumber().Int32Value(), info[3].ToNumber().Int32Value()}, info[4].ToNumber().Int32Value(), shape,
-                  label, free_pointer, owner, &t));
+                  label, free_pointer, new PointerHandle(std::move(owner)), &t));
   return wrap_handle(env, t);
 }
 
@@ -206,7 +235,7 @@ Napi::Value buffer(const Napi::CallbackInfo& info) {
     throw make_error(env, "ERR_LC_OUT_OF_MEMORY", "data: this Node cannot make an ArrayBuffer of that size; read it in parts with rows() and read()");
   }
   result.Set("buffer", Napi::Value(env, array_buffer));
-  result.Set("loan", Napi::External<Loan>::New(env, loan, [](Napi::Env, Loan* l) {
+  result.Set("loan", owning_external(env, loan, kLoanTag, [](Loan* l) {
     l->external_gone = true;
     l->forget();
   }));
@@ -326,13 +355,10 @@ Napi::Value to_dlpack(const Napi::CallbackInfo& info) {
   std::memcpy(e->strides, v.strides, sizeof e->strides);
   e->managed = {{DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION}, nullptr, dlpack_deleter, 0,
                 {v.data, v.device, v.ndim, to_dl(v.dtype), e->shape, e->strides, 0}};
-  auto external = Napi::External<DLManagedTensorVersioned*>::New(
-      env, new DLManagedTensorVersioned*(&e->managed), [](Napi::Env, DLManagedTensorVersioned** p) {
-        if (*p && (*p)->deleter) (*p)->deleter(*p);
-        delete p;
-      });
-  napi_type_tag_object(env, external, &kDlpackTag);
-  return external;
+  return owning_external(env, new DLManagedTensorVersioned*(&e->managed), kDlpackTag, [](DLManagedTensorVersioned** p) {
+    if (*p && (*p)->deleter) (*p)->deleter(*p);
+    delete p;
+  });
 }
 
 DLManagedTensorVersioned** dlpack_slot(Napi::Env env, Napi::Value value) {

@@ -30,6 +30,7 @@ export type LcErrorCode =
   | 'ERR_LC_SHAPE'
   | 'ERR_LC_STRIDES'
   | 'ERR_LC_TEMPLATE'
+  | 'ERR_LC_THREAD'
   | 'ERR_LC_TOKENIZER';
 
 /** An error with a stable `code`. The message names the operation, what was expected, what came, and the next step. */

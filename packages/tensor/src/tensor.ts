@@ -16,17 +16,41 @@ import { LcError, LcTypeError } from './errors.js';
 import { trackLeak, untrackLeak } from './leaks.js';
 import { core, type Handle, type Loan } from './native.js';
 
+/**
+ * Says no when a tensor is sent to another thread: structured cloning reads every enumerable property in order, so this one comes first. V8's own words for
+ * what it meets further on ("#<Object> could not be cloned") name neither the tensor nor what to do.
+ */
+abstract class ThreadBound {
+  abstract readonly label: string;
+  constructor() {
+    Object.defineProperty(this, 'noCrossing', noCrossing);
+  }
+}
+const noCrossing: PropertyDescriptor = {
+  enumerable: true,
+  get(this: ThreadBound): never {
+    throw new LcTypeError(
+      'ERR_LC_THREAD',
+      `tensor '${this.label}' cannot be cloned or sent to another thread: its handle belongs to the thread that made it. Send the values ` +
+        '(await tensor.read(), and fromTypedArray there) or, for the same memory, the address dlpackPointer(toDLPack(tensor)), and fromDLPack there',
+    );
+  },
+};
+
 /** One allocation, shared by a tensor and its views. */
-interface Storage {
-  readonly handle: Handle;
-  readonly nbytes: number;
-  readonly device: Device;
-  readonly label: string;
-  disposed: boolean;
+class Storage extends ThreadBound {
+  disposed = false;
   /** The ArrayBuffer given out over this memory; detached on dispose, so that a stale typed array is empty, not dangling. */
-  loan: Loan | null;
-  /** Keeps a borrowed typed array reachable. */
-  source?: unknown;
+  loan: Loan | null = null;
+
+  constructor(
+    readonly handle: Handle,
+    readonly nbytes: number,
+    readonly device: Device,
+    readonly label: string,
+  ) {
+    super();
+  }
 }
 
 const product = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
@@ -101,6 +125,11 @@ export class Tensor implements Disposable {
   /** e.g. `f32[4096,192] on cpu ('checkpoints')`, for error messages. */
   toString(): string {
     return `${this.dtype}[${this.shape.join(',')}] on ${this.device} ('${this.label}')`;
+  }
+
+  /** As `toString`: what a log of an object that holds tensors says. */
+  toJSON(): string {
+    return this.toString();
   }
 
   /** Rows start .. start+count of the first dimension, as a view. */
@@ -220,7 +249,7 @@ function fresh(
   device: Device,
   label: string,
 ): Tensor {
-  const storage: Storage = { handle, nbytes, device, label, disposed: false, loan: null };
+  const storage = new Storage(handle, nbytes, device, label);
   const tensor = new Tensor(storage, dtype, Object.freeze(shape.slice()), Object.freeze(strides.slice()), 0, false);
   trackLeak(storage, label, nbytes);
   return tensor;
@@ -316,7 +345,10 @@ export function toDLPack(t: Tensor): object {
   return core().toDLPack({ x: t });
 }
 
-/** Address of the `DLManagedTensorVersioned`; whoever takes it must call its deleter. The external is empty afterwards. */
+/**
+ * Address of the `DLManagedTensorVersioned`; whoever takes it must call its deleter. The external is empty afterwards. The address may be taken by another
+ * thread (`fromDLPack` there): both then use one memory, and the last to dispose frees it. Memory that `fromTypedArray` borrowed goes with its own thread.
+ */
 export function dlpackPointer(external: object): bigint {
   return core().dlpackPointer(external);
 }

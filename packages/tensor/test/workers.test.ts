@@ -1,8 +1,8 @@
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { Worker } from 'node:worker_threads';
+import { MessageChannel, Worker } from 'node:worker_threads';
 import { expect, it } from 'vitest';
-import { deviceMemory, fromTypedArray, gemm, zeros } from '../src/index.js';
+import { deviceMemory, fromTypedArray, gemm, Workspace, zeros } from '../src/index.js';
 import { expectNoLeaks } from '../src/testing.js';
 
 expectNoLeaks();
@@ -48,4 +48,26 @@ it('several workers use one table, allocator and pool at once, and exit cleanly'
   const results = await Promise.all(pending);
   for (const r of results) expect(r).toEqual({ sum: 30 * 256, adopted: false });
   expect(deviceMemory('cpu').byLabel.worker?.liveTensors).toBe(0);
+});
+
+it('a tensor does not cross to another thread: the error names it and what to do instead', () => {
+  using t = zeros([4], { label: 'checkpoints' });
+  using ws = new Workspace({ bytes: 100, label: 'scratch' });
+  t.data();
+  const refused = (label: string) =>
+    expect.objectContaining({ code: 'ERR_LC_THREAD', message: expect.stringMatching(`tensor '${label}' cannot be`) });
+  for (const [what, label] of [
+    [t, 'checkpoints'],
+    [t.rows(1, 2), 'checkpoints'],
+    [{ deep: [t] }, 'checkpoints'],
+    [ws, 'scratch'],
+  ] as const) {
+    expect(() => structuredClone(what)).toThrow(refused(label));
+  }
+  const { port1 } = new MessageChannel();
+  expect(() => port1.postMessage({ x: t })).toThrow(refused('checkpoints'));
+  port1.close();
+  expect(() => new Worker('', { eval: true, workerData: t })).toThrow(refused('checkpoints'));
+  expect(() => structuredClone(t.handle)).toThrow(/could not be cloned/);
+  expect(JSON.stringify({ x: t.rows(1, 2) })).toBe(`{"x":"f32[2] on cpu ('checkpoints')"}`);
 });
