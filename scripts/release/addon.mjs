@@ -4,6 +4,8 @@ import { readFileSync } from 'node:fs';
 
 /** The newest glibc symbols that an addon may need: RHEL 9, Ubuntu 22.04, Debian 12. libgcc stays shared: linked in, it needs 2.35 (`_dl_find_object`). */
 export const GLIBC_FLOOR = '2.34';
+/** Bytes that a package may take to download. */
+export const TARBALL_LIMIT = 6e6;
 const NEEDED = ['libc.so.6', 'libm.so.6', 'libgcc_s.so.1', 'ld-linux-x86-64.so.2', 'libdl.so.2', 'librt.so.1', 'libpthread.so.0'];
 const EXPORTS = ['lc_build_info', 'napi_register_module_v1', 'node_api_module_get_api_version_v1'];
 const EXPORTED_BY = { tensor: ['lctx_tensor_api_v1'] };

@@ -7,9 +7,7 @@ import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { bin, install, root, run, turbo } from '../lib.mjs';
-import { GLIBC_FLOOR, inspect } from './addon.mjs';
-
-export const TARBALL_LIMIT = 6e6;
+import { GLIBC_FLOOR, inspect, TARBALL_LIMIT } from './addon.mjs';
 
 process.env.LCTX_CUDA ??= '1';
 process.env.LCTX_CUDA_ARCHS ??= 'release';

@@ -11,12 +11,7 @@ const packages = readdirSync(join(root, 'packages'));
 const blocks = new Map(packages.map((name) => [name, snippets(readFileSync(join(root, 'packages', name, 'README.md'), 'utf8'))]));
 
 /** Blocks that do not run by themselves, and why. They are type-checked all the same. */
-const NOT_RUN: Record<string, string> = {
-  data: 'reads a model folder and files of the user',
-  models: 'loads a model and writes an adapter folder; examples/quickstart does both',
-  'offload-ckpt': "takes the user's layers; docs/compose.md runs them",
-  trainer: 'loads a model and trains it; examples/quickstart does',
-};
+const NOT_RUN: Record<string, string> = JSON.parse(readFileSync(join(root, 'test/readme/not-run.json'), 'utf8'));
 
 /** What a block says it takes from the user. */
 const GIVEN: Record<string, string> = {
