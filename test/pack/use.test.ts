@@ -1,4 +1,5 @@
 /** Installed packages at work in plain node processes: nothing native at import, addons that find @lc/tensor's table, errors that say what to do. */
+import { spawnSync } from 'node:child_process';
 import { existsSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -29,6 +30,26 @@ it('importing everything loads no native code; the first tensor does', () => {
   const tail = `const before = ${LOADED}; zeros([1]).dispose(); console.log(JSON.stringify([before, ${LOADED}]));`;
   expect(inProject('module', esm + tail)).toEqual([0, 1]);
   expect(inProject('commonjs', cjs + tail)).toEqual([0, 1]);
+});
+
+it('neither importing everything nor work on the CPU looks for a driver; asking for devices does', () => {
+  // The dynamic loader's own log of the libraries that were asked for, found or not.
+  const asked = (work: string): string => {
+    const names = JSON.stringify(packages.map((name) => `@lc/${name}`));
+    const script = `for (const name of ${names}) await import(name); const { devices, zeros } = await import('@lc/tensor'); ${work}`;
+    const env = { ...plainEnv(home), LD_DEBUG: 'libs' };
+    const { status, stderr } = spawnSync(process.execPath, ['--input-type=module', '-e', script], {
+      cwd: project,
+      env,
+      encoding: 'utf8',
+      maxBuffer: 64 << 20,
+    });
+    expect(status).toBe(0);
+    return [...new Set(stderr.match(/find library=lib(cuda|nvidia|cublas)[^ ]*/g) ?? [])].join();
+  };
+  expect(asked('zeros([1]).dispose();')).toBe('');
+  if (inProject<boolean>('module', `import { buildInfo } from '@lc/tensor'; console.log(buildInfo().cuda);`))
+    expect(asked('devices();')).toContain('libcuda');
 });
 
 it.each([
@@ -87,6 +108,7 @@ it('a package without its binary, or with one that is none, says what to do', ()
     const { mkdirSync, writeFileSync } = require('node:fs');
     const dir = process.cwd() + '/node_modules/@lc/none';
     mkdirSync(dir + '/dist', { recursive: true });
+    writeFileSync(dir + '/package.json', '{ "name": "@lc/none", "version": "0.0.0" }');
     const attempt = () => {
       try { loadAddon({ packageName: '@lc/none', from: dir + '/dist/index.js' })(); } catch ({ code, message }) { return { code, message }; }
     };
@@ -97,8 +119,15 @@ it('a package without its binary, or with one that is none, says what to do', ()
   expect(inProject('commonjs', script)).toEqual([
     {
       code: 'ERR_LC_NO_PREBUILD',
-      message: expect.stringMatching(/@lc\/none: no native binary for linux-x64 \(found: none\)\. Reinstall it/),
+      message: expect.stringMatching(
+        /^@lc\/none: no native binary for linux-x64:\n {2}- .*prebuilds is missing: .*\nTo fix it, install the package again \(npm install --force\)/,
+      ),
     },
-    { code: 'ERR_LC_DLOPEN', message: expect.stringMatching(/@lc\/none: .*did not load:/) },
+    {
+      code: 'ERR_LC_DLOPEN',
+      message: expect.stringMatching(
+        /^@lc\/none: its native binary did not load:\n {2}- .*is no Linux library: 12 bytes that begin with 'not an addon'\n {2}- the loader said: /,
+      ),
+    },
   ]);
 });

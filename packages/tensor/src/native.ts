@@ -1,9 +1,10 @@
 /** Loads native addons: `@lc/tensor`'s own, and those of the other packages, which are handed its table once. */
-import { existsSync, readdirSync } from 'node:fs';
+import { existsSync, readFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { LcError } from './errors.js';
+import { diagnose, explain, here, updateCommand } from './diagnose.js';
+import { LcError, LcTypeError } from './errors.js';
 
 /** Opaque native handle of an allocation (a type-tagged `napi_external`). */
 export type Handle = { readonly __lcHandle: unique symbol };
@@ -101,36 +102,55 @@ function packageRoot(from: string): string {
   return dirname(dirname(file));
 }
 
+/** The version in a package's own manifest; '' where it cannot be read. */
+function versionOf(root: string): string {
+  try {
+    return (JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')) as { version?: string }).version ?? '';
+  } catch {
+    return '';
+  }
+}
+
+/** A bundle keeps all addons in one folder, without packages around them. Set, it is the only place. */
+function findBinary(packageName: string, root: string): string {
+  const folder = process.env.LCTX_ADDON_DIR;
+  if (!folder) return (createRequire(import.meta.url)('node-gyp-build') as NodeGypBuild).path(root);
+  const file = join(folder, `${packageName.replace('/', '+')}.glibc.node`);
+  if (!existsSync(file)) throw new Error(`${file} does not exist`);
+  return file;
+}
+
 function load(packageName: string, from: string): unknown {
   const root = packageRoot(from);
-  const require = createRequire(join(root, 'package.json'));
+  const failed = (code: 'ERR_LC_NO_PREBUILD' | 'ERR_LC_DLOPEN', what: string, file: string | null, cause: unknown): LcError =>
+    new LcError(code, explain(`${packageName}: ${what}`, diagnose({ packageName, root, file, cause }, here())), { cause });
   let file: string;
-  // A bundle keeps all addons in one folder, without packages around them.
-  const folder = process.env.LCTX_ADDON_DIR;
   try {
-    if (folder) file = join(folder, `${packageName.replace('/', '+')}.glibc.node`);
-    else file = (createRequire(import.meta.url)('node-gyp-build') as NodeGypBuild).path(root);
+    file = findBinary(packageName, root);
   } catch (cause) {
-    const folder = join(root, 'prebuilds');
-    const have = existsSync(folder) ? readdirSync(folder).join(', ') : 'none';
-    throw new LcError(
-      'ERR_LC_NO_PREBUILD',
-      `${packageName}: no native binary for ${process.platform}-${process.arch} (found: ${have}). ` +
-        `Reinstall it (npm install ${packageName}), or in the repository run: npm run build`,
-      { cause },
-    );
+    throw failed('ERR_LC_NO_PREBUILD', `no native binary for ${process.platform}-${process.arch}`, null, cause);
   }
   try {
-    return require(file);
+    return createRequire(join(root, 'package.json'))(file);
   } catch (cause) {
-    const code = (cause as { code?: string }).code;
-    if (code?.startsWith('ERR_LC_')) throw cause;
-    throw new LcError(
-      'ERR_LC_DLOPEN',
-      `${packageName}: ${file} did not load: ${(cause as Error).message}. It needs glibc 2.34 or newer (RHEL 9, Ubuntu 22.04, Debian 12) on x86-64`,
-      { cause },
-    );
+    if ((cause as { code?: string }).code?.startsWith('ERR_LC_')) throw cause;
+    throw failed('ERR_LC_DLOPEN', 'its native binary did not load', file, cause);
   }
+}
+
+/** An addon that does not take @lc/tensor's table: both packages, their versions and ABIs, and where they lie. */
+function abiMismatch(packageName: string, from: string, addon: Partial<BuildInfo> | undefined, cause: Error): LcTypeError {
+  const root = packageRoot(from);
+  const tensor = packageRoot(import.meta.url);
+  const of = (version: string | undefined, abi: string | undefined, at: string): string =>
+    `${version || '(version unknown)'}${abi ? `, ABI ${abi},` : ''} in ${at}`;
+  const { version, abi } = core().buildInfo;
+  return new LcTypeError(
+    'ERR_LC_ABI',
+    `${packageName} ${of(versionOf(root) || addon?.version, addon?.abi, root)} does not fit @lc/tensor ${of(version, abi, tensor)}: ${cause.message}. ` +
+      `All @lc packages share one version: ${updateCommand(root, here())}`,
+    { cause },
+  );
 }
 
 let coreNative: unknown;
@@ -151,8 +171,13 @@ export function loadAddon<T extends object>(options: { packageName: string; from
   let addon: (T & { init(api: object): void }) | undefined;
   return () => {
     if (!addon) {
-      const loaded = load(options.packageName, options.from) as T & { init(api: object): void };
-      loaded.init(core().api);
+      const loaded = load(options.packageName, options.from) as T & { init(api: object): void; buildInfo?: BuildInfo };
+      try {
+        loaded.init(core().api);
+      } catch (cause) {
+        if ((cause as { code?: string }).code !== 'ERR_LC_ABI') throw cause;
+        throw abiMismatch(options.packageName, options.from, loaded.buildInfo, cause as Error);
+      }
       addon = loaded;
     }
     return addon;
