@@ -7,7 +7,7 @@ namespace attention::cuda {
 
 namespace {
 
-constexpr int kKeys = 128; /* of a tile */
+[[maybe_unused]] constexpr int kKeys = 128; /* of a tile */
 constexpr int queries_of(int dim) { return dim <= 64 ? 128 : 64; }
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
