@@ -64,7 +64,7 @@ export class Consumer {
         enableTelemetry: false,
         enableImmutableInstalls: false,
         enableGlobalCache: false,
-        npmPreapprovedPackages: ['@lc/*'], // yarn 4 takes no version that is younger than a day otherwise
+        npmPreapprovedPackages: ['@lc/*'], // what was just published is quarantined otherwise
         nodeLinker: 'node-modules',
       };
       writeFileSync(join(this.dir, '.yarnrc.yml'), JSON.stringify(settings));
