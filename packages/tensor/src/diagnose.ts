@@ -18,7 +18,7 @@ export interface Where {
 }
 
 /** Version of glibc that this process runs with; null: another C library. */
-function glibcVersion(): string | null {
+export function glibcVersion(): string | null {
   const report = process.report as (NodeJS.ProcessReport & { excludeNetwork?: boolean }) | undefined;
   if (!report) return null;
   // Names of the machine's network peers would be looked up, which takes seconds where there is no name server.

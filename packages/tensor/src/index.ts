@@ -3,6 +3,7 @@
 export type { Block, ExpertLinear, Kept, Layer, LayerState, Linear, Parameter, Pass, Span } from './blocks.js';
 export { copy, fill, upload } from './copy.js';
 export * from './cuda.js';
+export { GLIBC_NEEDED, glibcVersion } from './diagnose.js';
 export { type Device, type DeviceLike, type DType, dtypeBytes, type TypedArray } from './dtype.js';
 export { LcError, type LcErrorCode, LcTypeError } from './errors.js';
 export * from './gemm.js';

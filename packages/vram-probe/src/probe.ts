@@ -4,7 +4,7 @@ import { cpuCount, nvidiaDriver, type RamInfo, ramInfo } from './ram.js';
 export interface Probe {
   ram: RamInfo;
   cpus: number;
-  /** What @lc/tensor can use; empty where `cuda.available` is false. */
+  /** What the driver shows; empty without a driver. Where `cuda.available` is false, `cuda.message` says why. */
   gpus: DeviceInfo[];
   /** Version of the NVIDIA kernel module, if one is loaded. */
   nvidiaDriver: string | null;
@@ -13,13 +13,15 @@ export interface Probe {
 }
 
 /**
- * What this process may use: RAM within cgroup limits, CPUs, GPUs, and why CUDA is not available, if it is not. Never throws for a missing GPU.
+ * What this process may use: RAM within cgroup limits, CPUs, GPUs, and why CUDA is not available, if it is not. Never throws for a missing GPU or binary.
  * @param options.root where /proc and /sys are, for tests
  */
 export function probe(options: { root?: string } = {}): Probe {
   const { root = '/' } = options;
   let cuda: Probe['cuda'] = { available: true };
+  let gpus: DeviceInfo[] = [];
   try {
+    gpus = devices().filter((d) => d.device.startsWith('cuda'));
     requireDevice('cuda');
   } catch (error) {
     const { code = 'ERR_LC_CUDA', message } = error as { code?: string; message: string };
@@ -28,7 +30,7 @@ export function probe(options: { root?: string } = {}): Probe {
   return {
     ram: ramInfo(root),
     cpus: cpuCount(root),
-    gpus: devices().filter((d) => d.device.startsWith('cuda')),
+    gpus,
     nvidiaDriver: nvidiaDriver(root),
     cuda,
   };
