@@ -152,6 +152,9 @@ async function alone(name, server, version) {
   const median = (index) => times.map((pair) => pair[index]).sort((a, b) => a - b)[1];
   row.import = `${median(0).toFixed(0)} ms`;
   row['with native code'] = native.includes(name) ? `${median(1).toFixed(0)} ms` : '';
+  const program = await snippet(name);
+  const others = [...program.matchAll(/['"](@lc\/[^'"/]+)/g)].filter(([, other]) => ![`@lc/${name}`, '@lc/tensor'].includes(other));
+  if (!(name in notRun) && others.length === 0) row.README = seconds((await user.script('readme.mjs', program)).ms);
   return row;
 }
 
