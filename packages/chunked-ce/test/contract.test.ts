@@ -1,5 +1,19 @@
 /** What callers build on besides the numbers: memory, accumulation, which outputs are written, and errors. */
-import { copy, deviceMemory, empty, fill, fromTypedArray, LcError, memInfo, Scope, type Tensor, Workspace, zeros } from '@lc/tensor';
+import {
+  copy,
+  deviceMemory,
+  empty,
+  fill,
+  fromTypedArray,
+  LcError,
+  memInfo,
+  memory,
+  Scope,
+  setRamLimit,
+  type Tensor,
+  Workspace,
+  zeros,
+} from '@lc/tensor';
 import { expectNoLeaks, randomNormal, relativeError } from '@lc/tensor/testing';
 import { afterAll, describe, expect, it } from 'vitest';
 import { bytesPerRow, type ChunkedCrossEntropyArgs, chunkedCrossEntropy, chunkRows, readLossSum, reference } from '../src/index.js';
@@ -37,6 +51,21 @@ describe('memory', () => {
     expect(deviceMemory('cpu').allocations).toBe(before);
     expect(() => run({ chunk: 20, dHidden: hidden, ws: fixed })).toThrow(code('ERR_LC_OUT_OF_MEMORY'));
     expect(fixed.usedBytes).toBe(0);
+  });
+
+  it("takes smaller chunks under 'auto' when the allocator refuses", () => {
+    const p = problem(400, 8, 1000, {}, 0);
+    const { run } = tensors(p);
+    const want = run({ chunk: 400, dHidden: null }).loss;
+    using ws = new Workspace();
+    const taken = Object.values(memory().devices).reduce((sum, { liveBytes }) => sum + liveBytes, 0);
+    setRamLimit(taken + 1_300_000); // 400 rows take 1.6 MB, 200 fit; a workspace grows by at least 1 MiB
+    try {
+      expect(() => run({ chunk: 400, dHidden: null, ws })).toThrow(code('ERR_LC_OUT_OF_MEMORY'));
+      expect(run({ chunk: 'auto', dHidden: null, ws }).loss).toBeCloseTo(want, 5);
+    } finally {
+      setRamLimit(null);
+    }
   });
 
   it('a budget in bytes is kept by a workspace that grows', () => {

@@ -56,3 +56,12 @@ export class LcTypeError extends TypeError {
     super(message, options);
   }
 }
+
+/** Native code throws plain errors with a `code`: the same as an `LcError`, so that `instanceof` holds for every refusal to allocate. Others come back as they are. */
+export function asLcError(error: unknown): unknown {
+  const { code, message } = error as { code?: unknown; message?: string };
+  const plain = error instanceof Error && Object.getPrototypeOf(error) === Error.prototype;
+  return plain && typeof code === 'string' && code.startsWith('ERR_LC_')
+    ? new LcError(code as LcErrorCode, message ?? '', { cause: error })
+    : error;
+}
