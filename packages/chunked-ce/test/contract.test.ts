@@ -53,7 +53,7 @@ describe('memory', () => {
     expect(fixed.usedBytes).toBe(0);
   });
 
-  it("takes smaller chunks under 'auto' when the allocator refuses", () => {
+  it("stays under 'auto' within what the allocator may take", () => {
     const p = problem(400, 8, 1000, {}, 0);
     const { run } = tensors(p);
     const want = run({ chunk: 400, dHidden: null }).loss;
