@@ -6,6 +6,7 @@ import { attentionBackward, attentionForward, type RopeTable, reference, ropeBac
 import { copy, type DType, devices, empty, fill, fromTypedArray, Scope, type Tensor, Workspace, zeros } from '@lc/tensor';
 import { randomNormal as random } from '../../packages/tensor/src/seeded.js';
 import { assert, largeTest, test, thin } from './harness.js';
+import { values } from './numbers.js';
 
 const bits = new Float32Array(1);
 const word = new Uint32Array(bits.buffer);
@@ -125,12 +126,6 @@ function onGpu(scope: Scope, data: ArrayLike<number>, shape: number[], dtype: DT
     copy(out, low);
   } else copy(out, source);
   return out;
-}
-async function values(t: Tensor): Promise<Float32Array> {
-  if (t.dtype === 'f32') return (await t.read()) as Float32Array;
-  using wide = empty(t.shape, { device: t.device });
-  copy(wide, t);
-  return (await wide.read()) as Float32Array;
 }
 
 /** Forward over chunks left to right, backward right to left; dk and dv begin as ones. */

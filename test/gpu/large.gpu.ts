@@ -33,6 +33,7 @@ import {
 import { TiledMLP, TiledMoE } from '@lc/tiled-mlp';
 import { randomNormal as random } from '../../packages/tensor/src/seeded.js';
 import { assert, largeTest } from './harness.js';
+import { difference, values } from './numbers.js';
 
 const PERIOD = 4096;
 const WIDTH = 2880;
@@ -60,20 +61,6 @@ function repeated(scope: Scope, x: Tensor, rows: number): Tensor {
   const period = x.shape[0] as number;
   for (let at = 0; at < rows; at += period) copy(out.rows(at, Math.min(period, rows - at)), x.rows(0, Math.min(period, rows - at)));
   return out;
-}
-async function values(t: Tensor): Promise<Float32Array> {
-  using wide = empty(t.shape, { device: 'cuda' });
-  copy(wide, t);
-  return await wide.read();
-}
-function difference(got: ArrayLike<number>, want: ArrayLike<number>): number {
-  let error = 0;
-  let norm = 0;
-  for (let i = 0; i < want.length; i++) {
-    error += ((got[i] as number) - (want[i] as number)) ** 2;
-    norm += (want[i] as number) ** 2;
-  }
-  return Math.sqrt(error / (norm || 1));
 }
 /** Rows of `big` against the rows of `small` that they repeat. `allowed` 0: the same bits; else the relative error that another order of additions may make. */
 async function sameRows(what: string, big: Tensor, small: Tensor, allowed = 0, rows: readonly number[] = SAMPLED): Promise<void> {

@@ -8,6 +8,7 @@ import { copy, type DType, empty, fill, fromTypedArray, PlainExpertLinear, Plain
 import { TiledMLP, TiledMoE } from '@lc/tiled-mlp';
 import { randomNormal } from '../../packages/tensor/src/seeded.js';
 import { assert, small, test, thin } from './harness.js';
+import { values } from './numbers.js';
 
 type Numbers = ArrayLike<number>;
 type Round = (x: number) => number;
@@ -161,11 +162,6 @@ function onGpu(scope: Scope, data: Float32Array, shape: number[], dtype: DType =
   const out = scope.own(empty(shape, { dtype, device: 'cuda' }));
   copy(out, low);
   return out;
-}
-async function values(t: Tensor): Promise<Float32Array> {
-  using wide = empty(t.shape, { device: 'cuda' });
-  copy(wide, t);
-  return await wide.read();
 }
 /** Sums of squares over all draws of one shape: ours and the plain computation's distance to f64, and f64's size. */
 type Pool = Map<string, { ours: number; plain: number; size: number }>;

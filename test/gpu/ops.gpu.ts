@@ -19,6 +19,7 @@ import {
 import { TiledMLP, TiledMoE } from '@lc/tiled-mlp';
 import { randomNormal as random } from '../../packages/tensor/src/seeded.js';
 import { assert, small, test } from './harness.js';
+import { difference, values } from './numbers.js';
 
 const count = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
 type Where = 'cpu' | 'cuda';
@@ -34,22 +35,6 @@ function tensor(scope: Scope, where: Where, shape: number[], seed: number, scale
   const out = scope.own(empty(shape, where === 'cpu' ? {} : { dtype: gpuDtype, device: 'cuda' }));
   copy(out, low);
   return out;
-}
-async function values(t: Tensor): Promise<Float32Array> {
-  if (t.dtype === 'f32') return await t.read();
-  using wide = empty(t.shape, { device: t.device });
-  copy(wide, t);
-  return await wide.read();
-}
-/** Relative Frobenius error. */
-function difference(got: Float32Array, want: Float32Array): number {
-  let error = 0;
-  let norm = 0;
-  for (let i = 0; i < want.length; i++) {
-    error += ((got[i] as number) - (want[i] as number)) ** 2;
-    norm += (want[i] as number) ** 2;
-  }
-  return Math.sqrt(error / (norm || 1));
 }
 /** One bf16 rounding is a relative 2^-9 at most, 0.0011 on average; chains of `roundings` of them add up like a random walk, twice allowed. */
 function near(what: string, got: Float32Array, want: Float32Array, roundings: number): void {

@@ -4,6 +4,7 @@ import { AdamW } from '@lc/qlora';
 import { type Device, fill, Scope, Workspace } from '@lc/tensor';
 import { seededRandom } from '../../packages/tensor/src/seeded.js';
 import type { Reference } from '../parity/reference.js';
+import { difference } from './numbers.js';
 import { type TileRouting, withRouting } from './routing.js';
 
 /** Errors of one run: relative ones of losses, relative Frobenius errors of gradients, by parameter. */
@@ -23,16 +24,6 @@ export interface Run extends RunErrors {
   tiles: TileRouting[];
 }
 
-/** Relative Frobenius error. */
-function difference(got: Float32Array, want: Float32Array): number {
-  let error = 0;
-  let norm = 0;
-  for (let i = 0; i < want.length; i++) {
-    error += ((got[i] as number) - (want[i] as number)) ** 2;
-    norm += (want[i] as number) ** 2;
-  }
-  return Math.sqrt(error / (norm || 1));
-}
 const relative = (got: number, want: number): number => Math.abs(got - want) / Math.abs(want);
 
 /**

@@ -26,6 +26,7 @@ import {
 import { TiledMLP } from '@lc/tiled-mlp';
 import { randomNormal as random } from '../../packages/tensor/src/seeded.js';
 import { assert, small, test } from './harness.js';
+import { values } from './numbers.js';
 
 function normal(scope: Scope, shape: number[], seed: number, std = 1, dtype: DType = 'bf16'): Tensor {
   using source = fromTypedArray(
@@ -39,11 +40,6 @@ function normal(scope: Scope, shape: number[], seed: number, std = 1, dtype: DTy
   const out = scope.own(empty(shape, { dtype, device: 'cuda' }));
   copy(out, source);
   return out;
-}
-async function values(t: Tensor): Promise<Float32Array> {
-  using wide = empty(t.shape, { device: 'cuda' });
-  copy(wide, t);
-  return await wide.read();
 }
 /** `fn` fills tensors that begin as NaN (or as zeros where it adds). */
 async function twice(what: string, fn: (scope: Scope, ws: Workspace) => Record<string, Tensor>): Promise<void> {
