@@ -145,8 +145,8 @@ function planOptions(o: ReserveOptions, device: Device, budgets: Budgets): PlanO
 /** cuBLASLt's workspace, products cut along k, kernels that are loaded at their first launch. */
 const LIBRARIES = 192 << 20;
 
-/** The allocator is native code: what it throws is an `Error` with a code. */
-const isOutOfMemory = (error: unknown): error is Error =>
+/** A refused limit is thrown by native code: an `Error` with a code, not an `LcError`. */
+export const isOutOfMemory = (error: unknown): error is Error =>
   error instanceof Error && (error as { code?: unknown }).code === 'ERR_LC_OUT_OF_MEMORY';
 
 /** Which budget an allocator's error is about. */

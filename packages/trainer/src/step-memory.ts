@@ -8,6 +8,7 @@ import {
   applyLimits,
   type Budgets,
   budgetsOf,
+  isOutOfMemory,
   type Limits,
   planStep,
   type Reservation,
@@ -109,7 +110,7 @@ export class StepMemory implements Disposable {
         }
       } catch (error) {
         // More is taken than the new limit allows: what we hold has to go first.
-        if ((error as { code?: string }).code !== 'ERR_LC_OUT_OF_MEMORY') throw error;
+        if (!isOutOfMemory(error)) throw error;
       }
     }
     const told = (name: keyof Limits): string =>

@@ -1,5 +1,6 @@
 /** Caps of a case, and a clean slate before it: what an earlier case took must not count as this one's. */
 import { type DeviceLike, processMemory, setRamLimit, setVramLimit } from '@lc/tensor';
+import { isOutOfMemory } from '../reserve.js';
 
 /** On a GPU the allocator holds the caps (context and libraries count), and gives the driver back what it holds unused. On the CPU plans hold them. */
 export function applyCaps(device: DeviceLike, { vram, ram }: { vram?: number | undefined; ram?: number | undefined }): void {
@@ -15,6 +16,6 @@ function giveBackUnused(device: DeviceLike): void {
   try {
     setVramLimit(device, Math.max(1, bytes - (poolBytes - poolUsedBytes)));
   } catch (error) {
-    if ((error as { code?: string }).code !== 'ERR_LC_OUT_OF_MEMORY') throw error;
+    if (!isOutOfMemory(error)) throw error;
   }
 }
