@@ -4,7 +4,7 @@ import { attentionBackward, attentionForward } from '@lc/attention';
 import { chunkedCrossEntropy, shiftLabels } from '@lc/chunked-ce';
 import { loadAdapterOnto, loadModel, TrainingSession } from '@lc/models';
 import { AdamW, LoraLinear, Nf4Weight, QuantizedLinear } from '@lc/qlora';
-import { empty, fromTypedArray, gemm, PlainLinear, Scope, Workspace, zeros } from '@lc/tensor';
+import { empty, fromTypedArray, gemm, LcError, PlainLinear, Scope, Workspace, zeros } from '@lc/tensor';
 import { TiledMLP } from '@lc/tiled-mlp';
 
 const models = fileURLToPath(new URL('../fixtures/reference-models/', import.meta.url));
@@ -20,12 +20,20 @@ const digest = (...tensors) => {
   }
   return hash >>> 0;
 };
+/** What native code throws is typed in every thread. */
+function refusal() {
+  try {
+    empty([2 ** 44], { dtype: 'u8' });
+  } catch (error) {
+    return `${error instanceof LcError} ${error.code}`;
+  }
+}
 
 export const tasks = {
   tensor(scope) {
     const c = scope.own(zeros([192, 160]));
     gemm({ a: make(scope, [192, 256], 1), b: make(scope, [256, 160], 2), c });
-    return digest(c);
+    return `${digest(c)} ${refusal()}`;
   },
   attention(scope) {
     const [tokens, heads, kvHeads, headDim] = [200, 4, 2, 64];

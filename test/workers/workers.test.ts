@@ -40,8 +40,17 @@ async function answerOf<T>(...args: string[]): Promise<T> {
 }
 
 it('every package works in a thread, in four at once, and gives the bits that it gives alone', async () => {
-  const { here: alone, threads, live } = await answerOf<{ here: object; threads: object[]; live: number }>('several');
+  const {
+    here: alone,
+    threads,
+    live,
+  } = await answerOf<{
+    here: Record<string, unknown[]>;
+    threads: object[];
+    live: number;
+  }>('several');
   expect(Object.keys(alone)).toEqual(['tensor', 'attention', 'chunked-ce', 'tiled-mlp', 'qlora', 'models']);
+  expect(alone.tensor?.[0]).toMatch(/^\d+ true ERR_LC_OUT_OF_MEMORY$/);
   expect(threads).toEqual([alone, alone, alone, alone]);
   expect(live).toBe(0);
 });

@@ -57,11 +57,14 @@ export class LcTypeError extends TypeError {
   }
 }
 
-/** Native code throws plain errors with a `code`: the same as an `LcError`, so that `instanceof` holds for every refusal to allocate. Others come back as they are. */
+/**
+ * What native code threw, made what TypeScript throws: it makes plain `Error`s and `TypeError`s with a `code`, which become an `LcError` and an `LcTypeError`, the same
+ * objects with their stacks. Anything else stays as it is. By name, not by prototype: a test runner may give modules globals of their own.
+ */
 export function asLcError(error: unknown): unknown {
-  const { code, message } = error as { code?: unknown; message?: string };
-  const plain = error instanceof Error && Object.getPrototypeOf(error) === Error.prototype;
-  return plain && typeof code === 'string' && code.startsWith('ERR_LC_')
-    ? new LcError(code as LcErrorCode, message ?? '', { cause: error })
-    : error;
+  const { code, name } = (typeof error === 'object' && error ? error : {}) as { code?: unknown; name?: unknown };
+  if (typeof code !== 'string' || !code.startsWith('ERR_LC_') || error instanceof LcError || error instanceof LcTypeError) return error;
+  const type = name === 'TypeError' ? LcTypeError : LcError;
+  Object.setPrototypeOf(error, type.prototype);
+  return Object.assign(error as Error, { name: type.name });
 }

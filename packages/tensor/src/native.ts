@@ -5,6 +5,7 @@ import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { diagnose, explain, here, updateCommand } from './diagnose.js';
 import { LcError, LcTypeError } from './errors.js';
+import { throwsTyped } from './typed-addon.js';
 
 /** Opaque native handle of an allocation (a type-tagged `napi_external`). */
 export type Handle = { readonly __lcHandle: unique symbol };
@@ -131,9 +132,9 @@ function load(packageName: string, from: string): unknown {
     throw failed('ERR_LC_NO_PREBUILD', `no native binary for ${process.platform}-${process.arch}`, null, cause);
   }
   try {
-    return createRequire(join(root, 'package.json'))(file);
+    return throwsTyped(() => createRequire(join(root, 'package.json'))(file) as object);
   } catch (cause) {
-    if ((cause as { code?: string }).code?.startsWith('ERR_LC_')) throw cause;
+    if (cause instanceof LcError || cause instanceof LcTypeError) throw cause;
     throw failed('ERR_LC_DLOPEN', 'its native binary did not load', file, cause);
   }
 }

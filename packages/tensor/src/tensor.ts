@@ -12,7 +12,7 @@ import {
   parseDevice,
   type TypedArray,
 } from './dtype.js';
-import { asLcError, LcError, LcTypeError } from './errors.js';
+import { LcError, LcTypeError } from './errors.js';
 import { trackLeak, untrackLeak } from './leaks.js';
 import { core, type Handle, type Loan } from './native.js';
 
@@ -260,12 +260,7 @@ function allocate(shape: readonly number[], options: EmptyOptions, zero: boolean
   if (!(dtype in dtypeCode))
     throw new LcTypeError('ERR_LC_DTYPE', `empty: dtype must be one of ${dtypeOfCode.join(', ')}, got ${String(dtype)}`);
   const { device, type, id } = parseDevice(options.device ?? 'cpu');
-  let handle: Handle;
-  try {
-    handle = core().alloc(dtypeCode[dtype], shape, type, id, zero, label);
-  } catch (error) {
-    throw asLcError(error);
-  }
+  const handle = core().alloc(dtypeCode[dtype], shape, type, id, zero, label);
   return fresh(handle, dtype, shape, packedStrides(shape), product(shape) * dtypeBytes[dtype], device, label);
 }
 

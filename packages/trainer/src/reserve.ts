@@ -145,12 +145,10 @@ function planOptions(o: ReserveOptions, device: Device, budgets: Budgets): PlanO
 /** cuBLASLt's workspace, products cut along k, kernels that are loaded at their first launch. */
 const LIBRARIES = 192 << 20;
 
-/** A refused limit is thrown by native code: an `Error` with a code, not an `LcError`. */
-export const isOutOfMemory = (error: unknown): error is Error =>
-  error instanceof Error && (error as { code?: unknown }).code === 'ERR_LC_OUT_OF_MEMORY';
+export const isOutOfMemory = (error: unknown): error is LcError => error instanceof LcError && error.code === 'ERR_LC_OUT_OF_MEMORY';
 
 /** Which budget an allocator's error is about. */
-const budgetOf = (error: Error): Budget => (/ on cuda:\d+|VRAM/.test(error.message) ? 'VRAM' : 'RAM');
+const budgetOf = (error: LcError): Budget => (/ on cuda:\d+|VRAM/.test(error.message) ? 'VRAM' : 'RAM');
 
 /** What `reserveStep` would begin with, from what is free now: nothing is taken. `maxTokens` is not searched. @throws ERR_LC_ARGUMENT */
 export function planStep(o: ReserveOptions): Plan {
