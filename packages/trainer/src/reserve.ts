@@ -63,7 +63,7 @@ export interface ReserveOptions {
   verifyRecompute?: boolean | undefined;
   /** Time phases and waits for copies, for `session.schedule.profile()`. */
   profile?: boolean | undefined;
-  /** Told once about memory that is not pinned, and about a workspace that the plan made too small. */
+  /** Told about reservations that failed before one succeeded, and once about memory that is not pinned and about a workspace that the plan made too small. */
   onWarning?: ((message: string) => void) | undefined;
   /** What is free, in bytes. For tests; default: measured, less a margin. */
   budgets?: Budgets | (() => Budgets) | undefined;
@@ -157,42 +157,94 @@ export function planStep(o: ReserveOptions): Plan {
 
 /**
  * Chooses chunk, tile, loss-chunk and store sizes from what is free, and takes all of a step's memory: activation store, sequence buffers, and the workspace in one
- * piece, so that nothing grows during a step. When that fails it plans smaller: fewer checkpoints on the device, smaller tiles and loss chunks, smaller chunks, then more
+ * piece, so that nothing grows during a step. When that fails it measures again, plans smaller and says so (`onWarning`): fewer checkpoints on the device, smaller tiles and loss chunks, smaller chunks, then more
  * layers per checkpoint where 'auto' permits it. Sets the model's MLP tile.
  *
  * @throws ERR_LC_PLAN naming the budget (VRAM, RAM or pinned) and the longest length that fits; ERR_LC_OUT_OF_MEMORY when reservations keep failing;
  *   ERR_LC_ARGUMENT
  */
 export function reserveStep(o: ReserveOptions): Reservation {
-  const { model } = o;
-  const { device } = model;
+  const { device } = o.model;
   const attempts: Attempt[] = [];
   applyLimits(device, o);
-  const budgets = { ...budgetsOf(o) };
+  const search = new BudgetSearch(o);
   for (;;) {
-    const wanted = planOptions(o, device, budgets);
-    const p = plan({ ...wanted, maxTokens: false });
-    if (!p.fits) throw doesNotFit(o, plan(wanted), attempts);
-    try {
-      return take(o, p, attempts);
-    } catch (error) {
-      if (!isOutOfMemory(error)) throw error;
-      const failed = error instanceof NotPinned ? 'pinned' : budgetOf(error);
-      attempts.push({ plan: p, failed, message: error.message });
-      shrink(budgets, p, failed, device, attempts.length);
-      if (attempts.length >= MAX_ATTEMPTS) throw doesNotFit(o, plan(planOptions(o, device, budgets)), attempts);
+    const p = plan({ ...planOptions(o, device, search.budgets), maxTokens: false });
+    if (p.fits) {
+      try {
+        const reservation = take(o, p, attempts);
+        if (attempts.length > 0) o.onWarning?.(plannedSmaller(p, attempts));
+        return reservation;
+      } catch (error) {
+        if (!isOutOfMemory(error)) throw error;
+        const failed = error instanceof NotPinned ? 'pinned' : budgetOf(error);
+        attempts.push({ plan: p, failed, message: error.message });
+        if (attempts.length >= MAX_ATTEMPTS) throw doesNotFit(o, search.least(), attempts);
+        search.failed(p, failed, attempts.length);
+      }
+    } else if (!search.tooLittle()) {
+      throw doesNotFit(o, search.least(), attempts);
     }
   }
 }
 
-/** The next plan gets clearly less of what ran out than the failed one took: 4%, then 8%, ... at most half. */
-function shrink(budgets: Budgets, p: Plan, failed: Budget, device: Device, attempts: number): void {
-  const share = Math.min(0.5, 0.04 * 2 ** (attempts - 1));
-  const less = (taken: number, budget: number): number => Math.max(0, Math.min(budget, taken) - Math.max(1 << 20, share * taken));
-  const { device: onDevice, host } = p.predictedPeak;
-  if (!device.startsWith('cuda')) budgets.vram = budgets.ram = less(onDevice + host, Math.min(budgets.vram, budgets.ram));
-  else if (failed === 'VRAM') budgets.vram = less(onDevice, budgets.vram);
-  else budgets.ram = less(host, budgets.ram);
+/**
+ * The budgets to plan with next. What is free is measured again after every reservation that fails: another process may have taken it since. Where that still promises too
+ * much, the next plan gets clearly less of what ran out than the failed one took: 4%, then 8%, ... at most half; and once that was too little for any plan, the middle
+ * between the two, until they lie close together.
+ */
+class BudgetSearch {
+  readonly budgets: Budgets;
+  private readonly keys: (keyof Budgets)[] = [];
+  /** Of what ran out last: the least that a failed plan took, and the most that no plan fitted into. */
+  private most = Number.POSITIVE_INFINITY;
+  private floor = 0;
+
+  constructor(private readonly o: ReserveOptions) {
+    this.budgets = { ...budgetsOf(o) };
+  }
+
+  failed(p: Plan, what: Budget, attempts: number): void {
+    const { device: onDevice, host } = p.predictedPeak;
+    const onGpu = this.o.model.device.startsWith('cuda');
+    const keys: (keyof Budgets)[] = !onGpu ? ['vram', 'ram'] : what === 'VRAM' ? ['vram'] : ['ram'];
+    if (keys.join() !== this.keys.join()) {
+      this.floor = 0;
+      this.keys.splice(0, 2, ...keys);
+    }
+    this.most = Math.min(!onGpu ? onDevice + host : what === 'VRAM' ? onDevice : host, ...keys.map((key) => this.budgets[key]));
+    const share = Math.min(0.5, 0.04 * 2 ** (attempts - 1));
+    this.next(this.floor > 0 ? (this.floor + this.most) / 2 : this.most - Math.max(1 << 20, share * this.most));
+  }
+
+  /** No plan fits into these budgets. Whether there are larger ones worth trying. */
+  tooLittle(): boolean {
+    if (this.keys.length === 0) return false;
+    this.floor = Math.min(...this.keys.map((key) => this.budgets[key]));
+    this.next((this.floor + this.most) / 2);
+    return this.keys.every((key) => this.budgets[key] > this.floor + 0.02 * this.most);
+  }
+
+  /** What surely may be counted on, for an error's advice. */
+  least(): Budgets {
+    const now = budgetsOf(this.o);
+    return { vram: Math.min(this.budgets.vram, now.vram), ram: Math.min(this.budgets.ram, now.ram) };
+  }
+
+  private next(bytes: number): void {
+    const now = budgetsOf(this.o);
+    for (const key of this.keys) this.budgets[key] = Math.max(0, Math.min(bytes, now[key]));
+  }
+}
+
+function plannedSmaller(p: Plan, attempts: readonly Attempt[]): string {
+  const sizes = (of: Plan): string =>
+    `chunk ${of.chunk}, tile ${of.tile}, loss chunk ${of.lossChunk}, ${gib(of.predictedPeak.device)} on the device and ${gib(of.predictedPeak.host)} in RAM`;
+  const [first, last] = [attempts[0] as Attempt, attempts.at(-1) as Attempt];
+  return (
+    `less memory could be taken than was planned: ${attempts.length} reservation${attempts.length > 1 ? 's' : ''} failed (${sizes(first.plan)}; ` +
+    `${last.failed}: ${last.message}). The step runs with a smaller plan: ${sizes(p)}`
+  );
 }
 
 class NotPinned extends LcError {
@@ -264,13 +316,35 @@ function pageableBytes({ schedule: { store } }: TrainingSession): number {
   return chunks.reduce((sum, { tier, home }) => sum + (tier === 'host' && !isPinned(home) ? home.nbytes : 0), 0);
 }
 
-function doesNotFit(o: ReserveOptions, p: Plan, attempts: readonly Attempt[]): LcError {
+function doesNotFit(o: ReserveOptions, budgets: Budgets, attempts: readonly Attempt[]): LcError {
+  const p = plan(planOptions(o, o.model.device, budgets));
   const last = attempts.at(-1);
   const after = last ? ` After ${attempts.length} smaller plans; the last reservation failed: ${last.failed}: ${last.message}.` : '';
   const reasons = p.reasons.length > 0 ? p.reasons : [`${last?.failed}: the reservation failed`];
   const named = last && !reasons.some((reason) => reason.startsWith(last.failed)) ? [`${last.failed} ran out`, ...reasons] : reasons;
+  const longest = last ? longestReserved(o, budgets, last.failed) : p.maxTokens;
   return new LcError(
     p.fits ? 'ERR_LC_OUT_OF_MEMORY' : 'ERR_LC_PLAN',
-    `${o.tokens} tokens do not fit: ${named.join('; ')}. The longest length that fits: ${p.maxTokens}.${after}`,
+    `${o.tokens} tokens do not fit: ${named.join('; ')}. The longest length that fits: ${longest}.${after}`,
   );
+}
+
+/** The longest length of budgets that were promised and may not be there: tried, and with 5% less of what ran out until it is had. */
+function longestReserved(o: ReserveOptions, promised: Budgets, failed: Budget): number {
+  const onGpu = o.model.device.startsWith('cuda');
+  const budgets = { ...promised };
+  for (let tries = 0; tries < 60; tries++) {
+    const tokens = Math.min(o.tokens, plan(planOptions(o, o.model.device, budgets)).maxTokens);
+    if (tokens < 1) return 0;
+    const shorter = { ...o, tokens, onWarning: undefined };
+    try {
+      take(shorter, plan({ ...planOptions(shorter, o.model.device, budgets), maxTokens: false }), []).dispose();
+      return tokens;
+    } catch (error) {
+      if (!isOutOfMemory(error)) throw error;
+    }
+    if (!onGpu || failed === 'VRAM') budgets.vram *= 0.95;
+    if (!onGpu || failed !== 'VRAM') budgets.ram *= 0.95;
+  }
+  return 0;
 }

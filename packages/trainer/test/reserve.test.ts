@@ -3,7 +3,7 @@ import { AdamW } from '@lc/qlora';
 import { deviceMemory, setRamLimit } from '@lc/tensor';
 import { expectNoLeaks, seededRandom } from '@lc/tensor/testing';
 import { describe, expect, it } from 'vitest';
-import { reserveStep } from '../src/index.js';
+import { planStep, reserveStep } from '../src/index.js';
 
 expectNoLeaks();
 const fixture = (name: string): string => new URL(`../../../test/fixtures/reference-models/${name}`, import.meta.url).pathname;
@@ -54,7 +54,10 @@ describe('reserveStep', () => {
     roomy.dispose();
     try {
       // The budgets promise more than the allocator gives.
-      using tight = reserveStep({ model, tokens: 2048, budgets: plenty, ramLimit: Math.floor(live + need * 0.6) });
+      const warnings: string[] = [];
+      const onWarning = (message: string): number => warnings.push(message);
+      using tight = reserveStep({ model, tokens: 2048, budgets: plenty, ramLimit: Math.floor(live + need * 0.6), onWarning });
+      expect(warnings).toEqual([expect.stringMatching(/reservations? failed .*ramLimit.* runs with a smaller plan: chunk \d+/)]);
       expect(tight.attempts.length).toBeGreaterThan(0);
       for (const attempt of tight.attempts) expect(attempt).toMatchObject({ failed: 'RAM', message: expect.stringContaining('ramLimit') });
       expect(tight.plan.predictedPeak.device + tight.plan.predictedPeak.host).toBeLessThan(need * 0.6);
@@ -72,6 +75,41 @@ describe('reserveStep', () => {
       // Measured budgets see the limit, so nothing fails.
       using measured = reserveStep({ model, tokens: 2048, ramLimit: Math.floor(live + need * 0.6) });
       expect(measured.attempts).toEqual([]);
+    } finally {
+      setRamLimit(null);
+    }
+  });
+
+  it('gives up only where the least plan fails, and then names a length that can be had', async () => {
+    using model = await adapted('gpt-oss');
+    const live = deviceMemory('cpu').liveBytes + deviceMemory('host').liveBytes;
+    const plenty = { vram: 2 ** 34, ram: 2 ** 34 };
+    let [no, yes] = [2 ** 20, 2 ** 32];
+    while (yes - no > 2 ** 16) {
+      const bytes = (no + yes) / 2;
+      if (planStep({ model, tokens: 2048, budgets: { vram: bytes, ram: bytes } }).fits) yes = bytes;
+      else no = bytes;
+    }
+    try {
+      using least = reserveStep({ model, tokens: 2048, budgets: plenty, ramLimit: Math.ceil(live + yes * 1.05) });
+      expect(least.attempts.length).toBeGreaterThan(1);
+      least.dispose();
+      let message = '';
+      try {
+        reserveStep({ model, tokens: 2048, budgets: plenty, ramLimit: Math.floor(live + yes * 0.8) });
+      } catch (error) {
+        expect(error).toMatchObject({ code: expect.stringMatching(/ERR_LC_(PLAN|OUT_OF_MEMORY)/) });
+        ({ message } = error as Error);
+      }
+      const fits = Number(/longest length that fits: (\d+)/.exec(message)?.[1]);
+      expect(fits).toBeGreaterThan(1000);
+      expect(fits).toBeLessThan(2048);
+      reserveStep({ model, tokens: fits, budgets: plenty, ramLimit: Math.floor(live + yes * 0.8) }).dispose();
+      // Someone else takes memory after the first look: measured again, the next plan fits at once.
+      let looked = 0;
+      const budgets = () => (looked++ === 0 ? plenty : { vram: yes * 1.05, ram: yes * 1.05 });
+      using foiled = reserveStep({ model, tokens: 2048, budgets, ramLimit: Math.ceil(live + yes * 1.1) });
+      expect(foiled.attempts.length).toBe(1);
     } finally {
       setRamLimit(null);
     }
