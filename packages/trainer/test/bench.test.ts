@@ -3,6 +3,7 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { deviceMemory, devices } from '@lc/tensor';
+import { openSafetensors } from '@lc/tensor/safetensors';
 import { expectNoLeaks } from '@lc/tensor/testing';
 import { afterAll, afterEach, describe, expect, it, vi } from 'vitest';
 import { program, runProgram } from '../src/cli/program.js';
@@ -210,6 +211,23 @@ describe('lc bench table1', () => {
 });
 
 describe('lc bench of kernels', () => {
+  it('attention: cases by name; inputs and results in files', async () => {
+    const { out } = await lc('bench', 'attention', '--device', 'cpu', '--cases', 'tiny-window', '--json');
+    expect(rowsOf(out)).toMatchObject([
+      { name: 'tiny-window', window: 32, forwardMs: expect.any(Number), backwardOfStream: expect.any(Number) },
+    ]);
+    expect((await lc('bench', 'attention', '--device', 'cpu', '--cases', 'no')).err).toMatch(/--cases: no case 'no'; there are tiny/);
+    const folder = join(dir, 'errors');
+    const files = rowsOf((await lc('bench', 'attention', '--device', 'cpu', '--errors', folder, '--json')).out).map(
+      (row) => row.file as string,
+    );
+    expect(files).toHaveLength(16);
+    for (const file of files) {
+      using reader = await openSafetensors(join(folder, file));
+      expect(reader.names).toEqual(expect.arrayContaining(['q', 'k', 'v', 'dout', 'out', 'lse', 'dq', 'dk', 'dv']));
+    }
+  });
+
   it.each(['attention', 'gemm', 'rows', 'dequant'])('%s', async (what) => {
     const { code, out } = await lc('bench', what, '--device', 'cpu', '--json');
     expect(code).toBe(0);

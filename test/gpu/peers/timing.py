@@ -10,11 +10,12 @@ def allow_recompiles(count=64):
     setattr(config, "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit", count)
 
 
-def median_ms(fn, rounds=7, budget_ms=1500.0):
-    """Median milliseconds of `fn` by device events: one warm-up call, then up to `rounds` rounds or `budget_ms` in all (at least three)."""
-    fn()
+def median_ms(fn, rounds=7, budget_ms=1500.0, least=3, warm=1):
+    """Median milliseconds of `fn` by device events: `warm` calls, then up to `rounds` rounds or `budget_ms` in all, but at least `least` rounds."""
+    for _ in range(warm):
+        fn()
     times = []
-    while len(times) < rounds and (len(times) < 3 or sum(times) < budget_ms):
+    while len(times) < rounds and (len(times) < least or sum(times) < budget_ms):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         fn()

@@ -3,6 +3,7 @@ import { presets } from '@lc/models';
 import { LcError } from '@lc/tensor';
 import { type Command, Option } from 'commander';
 import { benchAttention } from '../bench/attention.js';
+import { benchAttentionErrors } from '../bench/attention-errors.js';
 import { benchCe } from '../bench/ce.js';
 import { benchDequant } from '../bench/dequant.js';
 import { benchGemm } from '../bench/gemm.js';
@@ -113,7 +114,14 @@ export function addBench(lc: Command): void {
       .option('--model <preset>', Object.keys(presets).join(', '), 'gpt-oss-20b')
       .option('--tokens <n>', 'rows', String(tokens));
 
-  simple('attention', 'attention forward and backward, causal TFLOP/s', benchAttention);
+  command('attention', 'attention forward and backward, causal TFLOP/s')
+    .option('--cases <list>', 'shapes by name: 16k, 64k, 256k, chunk, 32k-after-512k, window-256k, d128-16k, ...; a wrong name lists all')
+    .option('--errors <folder>', 'no times: writes inputs and results there, for peers/attention.py --errors to hold against f64')
+    .action(async (flags: Common & { cases?: string; errors?: string }) => {
+      const device = benchDevice(flags.device);
+      const cases = flags.cases?.split(',').map((name) => name.trim());
+      finish(flags.errors ? await benchAttentionErrors(device, flags.errors) : await benchAttention(device, { cases }), flags);
+    });
   simple('gemm', 'matrix products of gpt-oss beside cuBLASLt', benchGemm);
   simple('rows', 'row ops beside a copy; low-rank, f32 and grouped products', benchRows);
   simple('dequant', 'NF4 and MXFP4 to the compute dtype beside a copy', benchDequant);
