@@ -1,9 +1,12 @@
-// `npm test`: set-up, lint, types, then every package's tests. The last line sums them: N passed, N failed, N skipped.
+// `npm test [-- --release]`: set-up, lint, types, then every package's tests. The last line sums them: N passed, N failed, N skipped.
+// --release: a release of what set-up built, into a registry of this machine, used from there by this Node (scripts/release/dry.mjs).
 import { mkdirSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
+import { parseArgs } from 'node:util';
 import { bin, root, run } from './lib.mjs';
 import { summary, tallyReport } from './tally.mjs';
 
+const { values } = parseArgs({ options: { release: { type: 'boolean' } } });
 const started = performance.now();
 const minutes = () => `${((performance.now() - started) / 60_000).toFixed(1)} min`;
 const total = { passed: 0, failed: 0, skipped: 0 };
@@ -41,5 +44,9 @@ for (const { name, dir } of suites) {
   total.failed += tally.failed;
   total.skipped += tally.skipped;
   problems.push(...tally.problems);
+}
+if (values.release) {
+  console.log(`\n== release (after ${minutes()})`);
+  check('release', process.execPath, [join(root, 'scripts/release/dry.mjs'), '--node', process.versions.node.split('.')[0]]);
 }
 finish();

@@ -1,7 +1,7 @@
 // A user's project: a clean folder, a PATH of node and sh alone, no install scripts, packages from the local registry.
 import { spawn } from 'node:child_process';
-import { mkdirSync, realpathSync, symlinkSync, writeFileSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import { cpSync, mkdirSync, realpathSync, symlinkSync, writeFileSync } from 'node:fs';
+import { basename, dirname, join } from 'node:path';
 
 /** Runs to the end and gives `{ output, ms }`; what fails throws its output. */
 export function execute(command, args, options) {
@@ -32,8 +32,11 @@ const ADD = {
 export const managers = Object.keys(ADD);
 
 export class Consumer {
-  /** @param {{ home: string, name: string, node: string, manager: string, registry: string, programs: { npm: string, pnpm: string, tools: string } }} options */
-  constructor({ home, name, node, manager, registry, programs }) {
+  /**
+   * @param {{ home: string, name: string, node: string, manager: string, registry: string, programs: { npm: string, pnpm: string, tools: string }, project?: string }} options
+   * project: a folder to begin with a copy of, without what was installed and built there; else an empty project
+   */
+  constructor({ home, name, node, manager, registry, programs, project }) {
     Object.assign(this, { node, manager, programs });
     this.dir = join(home, name);
     const bin = join(this.dir, '.path');
@@ -53,7 +56,9 @@ export class Consumer {
     for (const key of ['HTTP_PROXY', 'HTTPS_PROXY', 'NO_PROXY', 'http_proxy', 'https_proxy', 'no_proxy']) {
       if (process.env[key]) this.env[key] = process.env[key];
     }
-    writeFileSync(join(this.dir, 'package.json'), JSON.stringify({ name: 'user', version: '1.0.0', private: true, type: 'module' }));
+    const made = ['node_modules', 'build', 'outputs'];
+    if (project) cpSync(project, this.dir, { recursive: true, filter: (path) => !made.includes(basename(path)) });
+    else writeFileSync(join(this.dir, 'package.json'), JSON.stringify({ name: 'user', version: '1.0.0', private: true, type: 'module' }));
     writeFileSync(join(this.dir, '.npmrc'), `registry=${registry}\nupdate-notifier=false\nstore-dir=${join(home, 'pnpm-store')}\n`);
     if (manager === 'yarn1') writeFileSync(join(this.dir, '.yarnrc'), `registry "${registry}"\n`);
     if (manager === 'yarn4') {
@@ -72,14 +77,14 @@ export class Consumer {
     }
   }
 
-  /** Milliseconds that it took. */
+  /** Installs these packages, or what the project names; milliseconds that it took. */
   async add(names) {
     const { ms } = await this.run([...ADD[this.manager](this.programs), ...names]);
     return ms;
   }
 
-  run(args) {
-    return execute(this.node, args, { cwd: this.dir, env: this.env });
+  run(args, env = {}) {
+    return execute(this.node, args, { cwd: this.dir, env: { ...this.env, ...env } });
   }
 
   /** Runs a program text as a file of the project. */

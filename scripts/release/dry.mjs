@@ -1,6 +1,6 @@
 // `npm run release:dry [-- --node 20,22]`: a whole release without the last step. In a copy of the working tree: versions, publishes every package to a registry on
-// this machine, looks at the tarballs as publint and attw do, installs them with npm, pnpm and yarn in clean folders without a compiler, and uses them there.
-// Node 20, 22 and 24 by default. Packages must be built (`npm run build`, or `npm run release:build` for all targets).
+// this machine, looks at the tarballs as publint and attw do, installs them with npm, pnpm and yarn in clean folders without a compiler, and uses them there;
+// then the examples. Node 20, 22 and 24 by default. Packages must be built (`npm run build`, or `npm run release:build` for all targets).
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
@@ -11,10 +11,13 @@ import { bin, root } from '../lib.mjs';
 import { buildInfo, TARBALL_LIMIT } from './addon.mjs';
 import { Consumer, execute, managers, npmProgram } from './consumer.mjs';
 import { copyTree, treeState } from './copy.mjs';
+import { runExamples, setExampleVersions } from './examples.mjs';
 import { listing, loading } from './programs.mjs';
 import { startRegistry } from './registry.mjs';
 import { nodeOf, tools } from './tools.mjs';
 
+/** What a README's first block may take. */
+const README_MS = 5000;
 const { values } = parseArgs({ options: { node: { type: 'string', default: '20,22,24' } } });
 const started = performance.now();
 const say = (text) => console.log(`== ${text} (after ${((performance.now() - started) / 1e3).toFixed(0)} s)`);
@@ -75,11 +78,20 @@ async function release() {
     say('all packages, by Node and package manager');
     const matrix = [];
     for (const node of nodes) for (const manager of managers) matrix.push(await together(node, manager, server));
+    say('examples');
+    const examples = [];
+    for (const node of nodes) {
+      const options = { tree, home, node, registry: server.url, programs };
+      examples.push(...(await runExamples(options, (problem) => problems.push(problem))));
+    }
     console.log(
       'each package in a clean folder with @lc/tensor, by npm with an empty cache; import and native code in a new process, median of 3',
     );
     console.table(rows);
     console.table(matrix);
+    console.table(examples);
+    const { install, README } = rows.find((row) => row.package === '@lc/chunked-ce');
+    console.log(`fresh folder, npm i @lc/chunked-ce @lc/tensor: ${install}; its README's first block, a new process: ${README}`);
   } catch (error) {
     await server.stop();
     throw error;
@@ -96,6 +108,7 @@ async function versioned(tree) {
   const versions = new Set(packages.map((name) => manifestOf(tree, name).version));
   if (versions.size !== 1) throw new Error(`versions differ: ${[...versions].join(', ')}; .changeset/config.json has a fixed group`);
   const [version] = versions;
+  setExampleVersions(tree, version);
   for (const name of native) {
     const built = buildInfo(readFileSync(addonOf(name)))?.version;
     if (built !== old) problems.push(`${addonOf(name)} is of version ${built}, the tree of ${old}`);
@@ -154,7 +167,12 @@ async function alone(name, server, version) {
   row['with native code'] = native.includes(name) ? `${median(1).toFixed(0)} ms` : '';
   const program = await snippet(name);
   const others = [...program.matchAll(/['"](@lc\/[^'"/]+)/g)].filter(([, other]) => ![`@lc/${name}`, '@lc/tensor'].includes(other));
-  if (!(name in notRun) && others.length === 0) row.README = seconds((await user.script('readme.mjs', program)).ms);
+  if (!(name in notRun) && others.length === 0) {
+    const { ms } = await user.script('readme.mjs', program);
+    if (ms > README_MS)
+      problems.push(`@lc/${name}: its README's first block takes ${seconds(ms)}, at most ${seconds(README_MS)} are allowed`);
+    row.README = `${ms.toFixed(0)} ms`;
+  }
   return row;
 }
 
