@@ -22,7 +22,8 @@ export async function startRegistry({ dir, program, uplink }) {
   const config = {
     storage: join(dir, 'storage'),
     auth: { htpasswd: { file: join(dir, 'htpasswd') } },
-    uplinks: { npm: { url: uplink, timeout: '60s' } },
+    // By default two answers that fail take the registry away for five minutes; the package managers ask again by themselves.
+    uplinks: { npm: { url: uplink, timeout: '60s', max_fails: 20, fail_timeout: '5s' } },
     packages: { '@lc/*': { access: '$all', publish: '$all' }, '**': { access: '$all', proxy: 'npm' } },
     max_body_size: '50mb',
     log: { type: 'stdout', format: 'pretty', level: 'warn' },
