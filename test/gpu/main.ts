@@ -2,6 +2,7 @@
 import { program, runProgram } from '../../packages/trainer/src/cli/program.js';
 import { runTests } from './harness.js';
 import { gpuParity } from './parity.gpu.js';
+import { poolParity } from './parity-pool.js';
 import { gpuTrain } from './train.gpu.js';
 import './tensor.gpu.js';
 import './ops.gpu.js';
@@ -26,6 +27,10 @@ lc.command('parity')
   .option('--out <file>', 'write our side there')
   .option('--condition', 'print how much each model magnifies noise')
   .action(async (folder: string, options: { peer?: string; out?: string; condition?: boolean }) => exit(await gpuParity(folder, options)));
+lc.command('parity-pool')
+  .description('several parity runs of other inputs together')
+  .argument('<folder>', 'with ours.X.json (parity --out) and theirs.X.json (peers/parity_bf16.py) for every X')
+  .action((folder: string) => exit(poolParity(folder)));
 lc.command('quickstart')
   .description("the quickstart's fine-tune on the GPU")
   .argument('<model>', 'examples/quickstart/tiny-gpt-oss')

@@ -3,6 +3,7 @@ import { expectNoLeaks } from '@lc/tensor/testing';
 import { expect, it } from 'vitest';
 import { readReference } from '../parity/reference.js';
 import { compare } from './parity-peer.js';
+import { gradientRatios, ratios, type Sample, samplesOf } from './parity-pool.js';
 import { conditionOf, type RunErrors, runReference } from './parity-run.js';
 import { flipped } from './routing.js';
 
@@ -47,4 +48,43 @@ it('passes what is within twice the peer, gradient by gradient and in median and
   expect(compare(errors([0.1, 0.2, 0.3], [0.01, 0.02, 0.07]), theirs).pass).toBe(false);
   expect(compare(errors([0.1, 0.2, Number.NaN], [0.01, 0.02, 0.03]), theirs).pass).toBe(false);
   expect(() => compare(errors([0.1, 0.2], [0.01]), theirs)).toThrow('other parameters');
+});
+
+it('pools inputs: each step by its root mean square over them', () => {
+  const errors = (gradient: number, losses: number[]): RunErrors => ({ baseLoss: 0, adapterLoss: 0, gradients: { p: gradient }, losses });
+  const peer = (s: number, losses: number[]) => ({
+    autocast: { ...errors(0.1 * s, losses), attention: 'sdpa' },
+    plain: {
+      ...errors(
+        0.1,
+        losses.map((v) => 3 * v),
+      ),
+      attention: 'sdpa',
+    },
+  });
+  const inputs = [
+    [3e-4, 4e-4],
+    [4e-4, 3e-4],
+  ] as const;
+  const pooled = samplesOf(
+    Object.fromEntries(inputs.map(([a, b], k) => [`llama.s${k + 1}`, { bf16: errors(0.15, [2 * a, b / 2]), forced: null }])),
+    {
+      ...{ device: '', torch: '', transformers: '', peft: '' },
+      models: Object.fromEntries(inputs.map((losses, k) => [`llama.s${k + 1}`, peer(k + 1, [...losses])])),
+    },
+  );
+  expect([...pooled.keys()]).toEqual(['llama']);
+  const samples = pooled.get('llama') as Sample[];
+  expect(gradientRatios(samples).single).toBeCloseTo(1.5, 10);
+  const mine = ratios(
+    samples.map((s) => s.ours),
+    samples.map((s) => s.theirs),
+  );
+  expect(mine.steps).toEqual([expect.closeTo(2, 10), expect.closeTo(0.5, 10)]);
+  expect(mine.rms).toBeCloseTo(Math.sqrt((4 + 0.25) / 2), 10);
+  const its = ratios(
+    samples.map((s) => s.other as RunErrors),
+    samples.map((s) => s.theirs),
+  );
+  expect([its.beyond, its.rms]).toEqual([4, expect.closeTo(3, 10)]);
 });

@@ -8,7 +8,7 @@ export interface PeerRun extends RunErrors {
   routed?: number;
 }
 /** Runs by name: `autocast` is the peer, `plain` the same without autocast, `forced` with the f32 run's routing. */
-export type PeerModel = Record<'check' | 'autocast' | 'plain', PeerRun> & { forced?: PeerRun };
+export type PeerModel = Record<'autocast' | 'plain', PeerRun> & { check?: PeerRun; forced?: PeerRun };
 export interface Peer {
   device: string;
   torch: string;

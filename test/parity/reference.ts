@@ -21,8 +21,10 @@ export interface Reference {
   /** The batch as one packed sequence: each row is a document. */
   readonly sequence: TokenSequence;
   readonly loss: number;
+  /** [rows, length, vocabulary]; empty where the file has none. */
   readonly logits: Float32Array;
   readonly adapterLoss: number;
+  /** Likewise. */
   readonly adapterLogits: Float32Array;
   /** [steps][loss, gradient norm] */
   readonly curve: readonly (readonly [number, number])[];
@@ -36,6 +38,7 @@ export async function readReference(name: string): Promise<Reference> {
   using file = await openSafetensors(join(folder, 'reference.safetensors'));
   const [rows, length] = file.info('input_ids').shape as [number, number];
   const f32 = (key: string): Promise<Float32Array> => file.read<Float32Array>(key);
+  const optional = (key: string): Promise<Float32Array> | Float32Array => (file.names.includes(key) ? f32(key) : new Float32Array());
   const pairs = await f32('adamw_curve_loss_gradnorm');
   return {
     folder,
@@ -47,9 +50,9 @@ export async function readReference(name: string): Promise<Reference> {
       docStart: Int32Array.from({ length: rows * length }, (_, i) => i - (i % length)),
     },
     loss: (await f32('loss'))[0] as number,
-    logits: await f32('logits'),
+    logits: await optional('logits'),
     adapterLoss: (await f32('adapter_loss'))[0] as number,
-    adapterLogits: await f32('adapter_logits'),
+    adapterLogits: await optional('adapter_logits'),
     curve: Array.from({ length: pairs.length / 2 }, (_, i) => [pairs[2 * i] as number, pairs[2 * i + 1] as number] as const),
     gradients: await group(file, 'grad.'),
     after: await group(file, `after${pairs.length / 2}.`),

@@ -1,6 +1,6 @@
 """transformers + PEFT in bf16 on a GPU, against the reference models' f32 numbers: what our own bf16 run is compared with.
 
-    python3 parity_bf16.py DIR OUT.json [MODEL ...]
+    python3 parity_bf16.py DIR OUT.json [--seed K --write FRESH] [MODEL ...]
 
 DIR: reference models as test/fixtures/reference-models/README.md describes them. OUT.json then goes to `./run parity DIR --peer OUT.json`.
 Needs PyTorch with CUDA, transformers and PEFT; nothing is downloaded.
@@ -13,8 +13,12 @@ Every model runs with its own weights, adapter, inputs and ten AdamW steps:
 
 Attention is what transformers picks by itself (sdpa; gpt-oss, with its sinks, eager), experts likewise. OUT.json holds, per model and run, the relative error
 of the base and the adapter loss, the relative Frobenius error of each LoRA gradient, and the relative deviation of each of the ten losses.
+
+One set of inputs gives ten losses, which are few draws of rounding noise. With --seed K every model gets other token ids (uniform, of a generator seeded with K; the same
+positions are learnt), the f32 run here becomes the reference, and FRESH/MODEL.sK a folder like those of DIR, for `./run parity FRESH --peer OUT.json`.
 """
 
+import argparse
 import json
 import os
 import re
@@ -27,7 +31,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import peft
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
@@ -74,55 +78,80 @@ def short(name):
     return re.sub(r"\.default\.weight$", ".weight", name)
 
 
-def measure(folder, reference, dtype, autocast=False, attention=None, forced=None, steps=STEPS):
-    """One run. Returns its errors, and the routing of the gradient pass and the ten steps."""
-    ids, labels = (reference[k].to("cuda", torch.long) for k in ("input_ids", "labels"))
+def run(folder, inputs, dtype, autocast=False, attention=None, forced=None):
+    """One run: the loss without and with the adapter, the gradients, ten steps' losses and gradient norms; what it ran with; the routing of the gradient pass and the ten steps."""
+    ids, labels = (inputs[k].to("cuda", torch.long) for k in ("input_ids", "labels"))
     model = load(folder, dtype, attention)
 
     def loss_of(m):
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
             return m(input_ids=ids, labels=labels, use_cache=False).loss
 
-    relative = lambda got, want: abs(got - want) / abs(want)
     with torch.no_grad():
-        base = relative(loss_of(model.eval()).item(), reference["loss"].item())
+        base = loss_of(model.eval()).item()
     model = peft.PeftModel.from_pretrained(model, f"{folder}/adapter", is_trainable=True).eval()  # no dropout in these models either way
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    wanted = {k[len("grad."):] for k in reference if k.startswith("grad.")}
-    if set(trainable) != wanted:
-        raise SystemExit(f"{folder}: the adapter's parameters are not the reference's: {sorted(set(trainable) ^ wanted)[:4]}")
-    dtypes = sorted({str(p.dtype) for p in trainable.values()})
     with Routing(forced) as routing:
         loss = loss_of(model)
         loss.backward()
-        gradients = {}
-        for name, p in trainable.items():
-            want = reference[f"grad.{name}"].to("cuda", torch.float64)
-            gradients[short(name)] = ((p.grad.double() - want).norm() / want.norm()).item()
-        adapter = relative(loss.item(), reference["adapter_loss"].item())
+        gradients = {name: p.grad.detach().float().cpu() for name, p in trainable.items()}
+        adapter = loss.item()
         optimizer = torch.optim.AdamW(trainable.values(), lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
-        losses = []
-        for want in reference["adamw_curve_loss_gradnorm"][:steps, 0].tolist():
+        curve = []
+        for _ in range(STEPS):
             optimizer.zero_grad(set_to_none=True)
             loss = loss_of(model)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
             optimizer.step()
-            losses.append(relative(loss.item(), want))
+            curve.append([loss.item(), norm.item()])
     config = model.get_base_model().config
-    errors = {
+    numbers = {
+        "loss": torch.tensor([base]),
+        "adapter_loss": torch.tensor([adapter]),
+        "adamw_curve_loss_gradnorm": torch.tensor(curve),
+        **{f"grad.{name}": g for name, g in gradients.items()},
+    }
+    about = {
         "attention": config._attn_implementation,
         "experts": getattr(config, "_experts_implementation", None),
-        "loraDtype": dtypes,
-        "baseLoss": base,
-        "adapterLoss": adapter,
-        "gradients": gradients,
-        "losses": losses,
+        "loraDtype": sorted({str(p.dtype) for p in trainable.values()}),
     }
-    return errors, routing.chosen
+    return numbers, about, routing.chosen
 
 
-def main(folder, out, only):
+def errors(got, want):
+    """Relative errors of the losses, relative Frobenius errors of the gradients."""
+    relative = lambda key: (abs(got[key].double() - want[key].double()) / abs(want[key].double())).item()
+    names = [k for k in want if k.startswith("grad.")]
+    if set(names) != {k for k in got if k.startswith("grad.")}:
+        raise SystemExit(f"the adapter's parameters are not the reference's: {names[:4]}")
+    frobenius = lambda k: ((got[k].double() - want[k].double()).norm() / want[k].double().norm()).item()
+    curves = zip(got["adamw_curve_loss_gradnorm"][:, 0].tolist(), want["adamw_curve_loss_gradnorm"][:STEPS, 0].tolist())
+    return {
+        "baseLoss": relative("loss"),
+        "adapterLoss": relative("adapter_loss"),
+        "gradients": {short(k[len("grad."):]): frobenius(k) for k in names},
+        "losses": [abs(g - w) / abs(w) for g, w in curves],
+    }
+
+
+def other_inputs(reference, vocabulary, seed):
+    """Other token ids at the same positions, learnt where the reference's are."""
+    ids = torch.randint(0, vocabulary, reference["input_ids"].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    learnt = reference["labels"] != -100
+    return {"input_ids": ids, "labels": torch.where(learnt, ids, torch.full_like(ids, -100))}
+
+
+def write_model(folder, to, numbers):
+    os.makedirs(to, exist_ok=True)
+    for name in os.listdir(folder):
+        if name != "reference.safetensors" and not os.path.lexists(f"{to}/{name}"):
+            os.symlink(os.path.abspath(f"{folder}/{name}"), f"{to}/{name}")
+    save_file({k: v.contiguous() for k, v in numbers.items()}, f"{to}/reference.safetensors")
+
+
+def main(folder, out, only, seed=None, fresh=None):
     start = time.time()
     names = sorted(n for n in os.listdir(folder) if os.path.exists(f"{folder}/{n}/reference.safetensors") and (not only or n in only))
     if not names:
@@ -148,25 +177,35 @@ def main(folder, out, only):
         )
 
     def one(name):
-        path = f"{folder}/{name}"
+        path, label = f"{folder}/{name}", name if seed is None else f"{name}.s{seed}"
         reference = load_file(f"{path}/reference.safetensors")
-        f32, chosen = measure(path, reference, torch.float32, attention="eager")
-        runs = {"check": f32}
-        worst = max([f32["baseLoss"], f32["adapterLoss"], *f32["gradients"].values(), *f32["losses"]])
-        sound = worst < 1e-4
-        if not sound:
-            print(f"{name}: the f32 check is off by {worst:.1e}", flush=True)
-        for run, autocast in (("autocast", True), ("plain", False)):
-            errors, own = measure(path, reference, torch.bfloat16, autocast=autocast)
+        if seed is not None:
+            with open(f"{path}/config.json") as file:
+                reference = other_inputs(reference, json.load(file)["vocab_size"], seed)
+        numbers, about, chosen = run(path, reference, torch.float32, attention="eager")
+        sound = True
+        runs = {}
+        if seed is None:
+            runs["check"] = {**about, **errors(numbers, reference)}
+            worst = max([runs["check"]["baseLoss"], runs["check"]["adapterLoss"], *runs["check"]["gradients"].values(), *runs["check"]["losses"]])
+            sound = worst < 1e-4
+            if not sound:
+                print(f"{name}: the f32 check is off by {worst:.1e}", flush=True)
+        else:
+            reference = {**reference, **numbers}
+            write_model(path, f"{fresh}/{label}", reference)
+        for kind, autocast in (("autocast", True), ("plain", False)):
+            got, about, own = run(path, reference, torch.bfloat16, autocast=autocast)
+            runs[kind] = {**about, **errors(got, reference)}
             if chosen:
                 layers = len(chosen) // (STEPS + 1)
-                errors["flipped"], errors["routed"] = flips(own[:layers], chosen[:layers])
-            runs[run] = errors
-            row(name, run, errors, flips(own[:layers], chosen[:layers]) if chosen else None)
+                runs[kind]["flipped"], runs[kind]["routed"] = flips(own[:layers], chosen[:layers])
+            row(label, kind, runs[kind], flips(own[:layers], chosen[:layers]) if chosen else None)
         if chosen:
-            runs["forced"], _ = measure(path, reference, torch.bfloat16, autocast=True, forced=chosen)
-            row(name, "forced", runs["forced"])
-        result["models"][name] = runs
+            got, about, _ = run(path, reference, torch.bfloat16, autocast=True, forced=chosen)
+            runs["forced"] = {**about, **errors(got, reference)}
+            row(label, "forced", runs["forced"])
+        result["models"][label] = runs
         with open(out, "w") as file:
             json.dump(result, file, indent=1)
         return sound
@@ -183,6 +222,13 @@ def main(folder, out, only):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        raise SystemExit(__doc__)
-    sys.exit(main(sys.argv[1], sys.argv[2], set(sys.argv[3:])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("out", metavar="OUT.json")
+    parser.add_argument("models", metavar="MODEL", nargs="*")
+    parser.add_argument("--seed", type=int, metavar="K")
+    parser.add_argument("--write", metavar="FRESH")
+    args = parser.parse_args()
+    if (args.seed is None) != (args.write is None):
+        parser.error("--seed and --write go together")
+    sys.exit(main(args.folder, args.out, set(args.models), args.seed, args.write))
