@@ -1,6 +1,6 @@
 """transformers + PEFT in bf16 on a GPU, against the reference models' f32 numbers: what our own bf16 run is compared with.
 
-    python3 parity_bf16.py DIR OUT.json [--seed K --write FRESH] [MODEL ...]
+    python3 parity_bf16.py DIR OUT.json [--seed K,... --write FRESH] [MODEL ...]
 
 DIR: reference models as test/fixtures/reference-models/README.md describes them. OUT.json then goes to `./run parity DIR --peer OUT.json`.
 Needs PyTorch with CUDA, transformers and PEFT; nothing is downloaded.
@@ -151,7 +151,7 @@ def write_model(folder, to, numbers):
     save_file({k: v.contiguous() for k, v in numbers.items()}, f"{to}/reference.safetensors")
 
 
-def main(folder, out, only, seed=None, fresh=None):
+def main(folder, out, only, seeds=(None,), fresh=None):
     start = time.time()
     names = sorted(n for n in os.listdir(folder) if os.path.exists(f"{folder}/{n}/reference.safetensors") and (not only or n in only))
     if not names:
@@ -176,7 +176,7 @@ def main(folder, out, only, seed=None, fresh=None):
             flush=True,
         )
 
-    def one(name):
+    def one(name, seed):
         path, label = f"{folder}/{name}", name if seed is None else f"{name}.s{seed}"
         reference = load_file(f"{path}/reference.safetensors")
         if seed is not None:
@@ -211,9 +211,9 @@ def main(folder, out, only, seed=None, fresh=None):
         return sound
 
     sound = True
-    for name in names:
+    for name, seed in [(name, seed) for name in names for seed in seeds]:
         try:
-            sound = one(name) and sound
+            sound = one(name, seed) and sound
         except Exception:  # the others still count
             sound = False
             print(f"{name}:\n{traceback.format_exc()}", flush=True)
@@ -226,9 +226,9 @@ if __name__ == "__main__":
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("out", metavar="OUT.json")
     parser.add_argument("models", metavar="MODEL", nargs="*")
-    parser.add_argument("--seed", type=int, metavar="K")
+    parser.add_argument("--seed", metavar="K,...")
     parser.add_argument("--write", metavar="FRESH")
     args = parser.parse_args()
     if (args.seed is None) != (args.write is None):
         parser.error("--seed and --write go together")
-    sys.exit(main(args.folder, args.out, set(args.models), args.seed, args.write))
+    sys.exit(main(args.folder, args.out, set(args.models), [int(k) for k in args.seed.split(",")] if args.seed else (None,), args.write))
