@@ -65,7 +65,7 @@ static napi_value matrix(napi_env env, napi_callback_info info) {
   int64_t rows = 0, columns = 0;
   napi_get_value_int64(env, arg[0], &rows);
   napi_get_value_int64(env, arg[1], &columns);
-  if (rows <= 0 || columns <= 0) return fail(env, "tinylib: a matrix has rows and columns");
+  if (rows <= 0 || columns <= 0 || columns > INT64_MAX / 8 / rows) return fail(env, "tinylib: a matrix has rows and columns");
   Matrix* m = malloc(sizeof *m);
   Matrix** slot = malloc(sizeof *slot);
   float* data = malloc((size_t)(rows * columns) * sizeof *data);
