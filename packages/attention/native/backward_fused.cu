@@ -46,25 +46,14 @@ __device__ __forceinline__ void add_fragment(float* fragment, const float (&v)[4
 
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, C::CTAS) fused_kernel(const __grid_constant__ Backward b, int key_base) {
-  constexpr int HD = C::HD, MI = C::MI, BN = C::BN, BM = C::BM, THREADS = C::THREADS, KK = HD / 16;
+  constexpr int HD = C::HD, MI = C::MI, BN = C::BN, BM = C::BM, THREADS = C::THREADS;
   extern __shared__ __align__(128) unsigned char smem[];
   const Problem& p = b.p;
   const int kv_head = static_cast<int>(blockIdx.x) % p.kv_heads, group = p.group;
   const int key0 = key_base + static_cast<int>(blockIdx.x) / p.kv_heads * BN, keys = p.start + p.n, rows = p.n * group;
   const int last_key = min(key0 + BN, keys) - 1;
   // Queries that see any of the keys.
-  const int begin = max(0, key0 - p.start);
-  int end = p.n;
-  if (p.window > 0) end = static_cast<int>(min(static_cast<int64_t>(end), static_cast<int64_t>(last_key) + p.window - p.start));
-  if (p.doc_start) {  // non-decreasing: up to the first document that begins after the keys
-    int low = begin, high = max(end, begin);
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (p.doc_start[middle] > last_key) high = middle;
-      else low = middle + 1;
-    }
-    end = low;
-  }
+  const int begin = max(0, key0 - p.start), end = end_of_queries(p, begin, last_key);
   if (begin >= end) return;
   const int first_tile = begin * group / BM, last_tile = (end * group - 1) / BM, count = last_tile - first_tile + 1;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -104,17 +93,7 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) fused_kernel(const __grid
         from_q += step_q, from_dout += step_dout;
       }
     } else {
-      constexpr int TOTAL = BM * C::CHUNKS;
-#pragma unroll
-      for (int x0 = 0; x0 < TOTAL; x0 += THREADS) {
-        const int x = x0 + threadIdx.x;
-        if (TOTAL % THREADS != 0 && x >= TOTAL) break;
-        const int r = x / C::CHUNKS, chunk = x % C::CHUNKS, row = row0 + r;
-        const bool valid = row < rows && chunk * 8 < p.dim;
-        const int query = query_of(p, row), column = (row - query * group) * p.dim + chunk * 8;
-        cp_async(sq + stage * C::TILE + Rows<HD>::at(r, chunk), valid ? q + query * p.q_stride + column : p.q, valid);
-        cp_async(sdo + stage * C::TILE + Rows<HD>::at(r, chunk), valid ? dout + query * b.dout_stride + column : b.dout, valid);
-      }
+      load_row_tiles<HD, BM, THREADS>(b, q, dout, sq + stage * C::TILE, sdo + stage * C::TILE, row0, rows);
     }
     if (threadIdx.x < BM) {  // rows that do not exist: zeros in q and dout make every gradient zero
       const int row = row0 + static_cast<int>(threadIdx.x), query = query_of(p, row);
@@ -190,22 +169,7 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) fused_kernel(const __grid
     } else {
       // P^T = exp(scale K Q^T - lse)
       float s[MI][BM / 8][4] = {};
-#pragma unroll
-      for (int kk = 0; kk < KK; kk++) {
-        uint32_t a[MI][4];
-#pragma unroll
-        for (int i = 0; i < MI; i++) ldmatrix(a[i], fa.get(sk, i, kk));
-#pragma unroll
-        for (int j = 0; j < BM / 16; j++) {
-          uint32_t f[4];
-          ldmatrix(f, fb.get(tq, j, kk));
-#pragma unroll
-          for (int i = 0; i < MI; i++) {
-            mma(s[i][j * 2], a[i], f[0], f[1]);
-            mma(s[i][j * 2 + 1], a[i], f[2], f[3]);
-          }
-        }
-      }
+      multiply_tiles(s, fa, sk, fb, tq);
 #pragma unroll
       for (int j = 0; j < BM / 8; j++) {
         const float2 lse = *reinterpret_cast<const float2*>(row_lse + column + j * 8);
@@ -233,101 +197,31 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) fused_kernel(const __grid
 #pragma unroll
       for (int kk = 0; kk < BM / 16; kk++) {
 #pragma unroll
-        for (int i = 0; i < MI; i++) {
-          pp[kk][i][0] = pack(s[i][kk * 2][0], s[i][kk * 2][1]);
-          pp[kk][i][1] = pack(s[i][kk * 2][2], s[i][kk * 2][3]);
-          pp[kk][i][2] = pack(s[i][kk * 2 + 1][0], s[i][kk * 2 + 1][1]);
-          pp[kk][i][3] = pack(s[i][kk * 2 + 1][2], s[i][kk * 2 + 1][3]);
-        }
-#pragma unroll
-        for (int j = 0; j < HD / 16; j++) {
-          uint32_t f[4];
-          ldmatrix_trans(f, ft.get(tdo, kk, j));
-#pragma unroll
-          for (int i = 0; i < MI; i++) {
-            mma(dv[i][j * 2], pp[kk][i], f[0], f[1]);
-            mma(dv[i][j * 2 + 1], pp[kk][i], f[2], f[3]);
-          }
-        }
+        for (int i = 0; i < MI; i++) pack_columns(pp[kk][i], s[i], kk);
+        multiply_columns(dv, pp[kk], ft, tdo, kk);
       }
 
       // dS^T = P^T (V dO^T - delta)
       float d[MI][BM / 8][4] = {};
-#pragma unroll
-      for (int kk = 0; kk < KK; kk++) {
-        uint32_t a[MI][4];
-#pragma unroll
-        for (int i = 0; i < MI; i++) ldmatrix(a[i], fa.get(sv, i, kk));
-#pragma unroll
-        for (int j = 0; j < BM / 16; j++) {
-          uint32_t f[4];
-          ldmatrix(f, fb.get(tdo, j, kk));
-#pragma unroll
-          for (int i = 0; i < MI; i++) {
-            mma(d[i][j * 2], a[i], f[0], f[1]);
-            mma(d[i][j * 2 + 1], a[i], f[2], f[3]);
-          }
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < BM / 8; j++) {
-        const float2 delta = *reinterpret_cast<const float2*>(row_delta + column + j * 8);
-#pragma unroll
-        for (int i = 0; i < MI; i++)
-#pragma unroll
-          for (int e = 0; e < 4; e++) {
-            const uint32_t pair = pp[j / 2][i][j % 2 * 2 + e / 2];  // P as it was rounded for dV: half the registers
-            const float prob = __uint_as_float(e % 2 ? pair & 0xffff0000u : pair << 16);
-            d[i][j][e] = prob * (d[i][j][e] - (e % 2 ? delta.y : delta.x));
-          }
-      }
+      multiply_tiles(d, fa, sv, fb, tdo);
+      score_gradients<true>(d, s, pp, row_delta + column);
       // dK += dS^T Q
 #pragma unroll
       for (int kk = 0; kk < BM / 16; kk++) {
         uint32_t a[MI][4];
 #pragma unroll
         for (int i = 0; i < MI; i++) {
-          a[i][0] = pack(d[i][kk * 2][0], d[i][kk * 2][1]);
-          a[i][1] = pack(d[i][kk * 2][2], d[i][kk * 2][3]);
-          a[i][2] = pack(d[i][kk * 2 + 1][0], d[i][kk * 2 + 1][1]);
-          a[i][3] = pack(d[i][kk * 2 + 1][2], d[i][kk * 2 + 1][3]);
+          pack_columns(a[i], d[i], kk);
           stmatrix(fs.get(ds, i, kk), a[i]);
         }
-#pragma unroll
-        for (int j = 0; j < HD / 16; j++) {
-          uint32_t f[4];
-          ldmatrix_trans(f, ft.get(tq, kk, j));
-#pragma unroll
-          for (int i = 0; i < MI; i++) {
-            mma(dk[i][j * 2], a[i], f[0], f[1]);
-            mma(dk[i][j * 2 + 1], a[i], f[2], f[3]);
-          }
-        }
+        multiply_columns(dk, a, ft, tq, kk);
       }
     }
   }
   __syncthreads();
   add_dq(first_tile, sds + ((count - 1) & 1) * C::DS);
 
-#pragma unroll
-  for (int i = 0; i < MI; i++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int key = key0 + warp * MI * 16 + i * 16 + h * 8 + lane / 4;
-      if (key >= keys) continue;
-      float* to_k = b.dk + key * b.dk_stride + static_cast<int64_t>(kv_head) * p.dim;
-      float* to_v = b.dv + key * b.dv_stride + static_cast<int64_t>(kv_head) * p.dim;
-#pragma unroll
-      for (int j = 0; j < HD / 8; j++) {
-        const int column = j * 8 + lane % 4 * 2;
-        if (column >= p.dim) continue;
-        float2* at_k = reinterpret_cast<float2*>(to_k + column);
-        float2* at_v = reinterpret_cast<float2*>(to_v + column);
-        const float2 before_k = *at_k, before_v = *at_v;
-        *at_k = make_float2(before_k.x + dk[i][j][h * 2] * p.scale, before_k.y + dk[i][j][h * 2 + 1] * p.scale);
-        *at_v = make_float2(before_v.x + dv[i][j][h * 2], before_v.y + dv[i][j][h * 2 + 1]);
-      }
-    }
+  add_to_keys(b, dk, dv, kv_head, key0 + warp * MI * 16, keys, 0);
 }
 
 /* dq = scale * dq_sum, as bf16: a warp per 16 rows. */

@@ -74,12 +74,10 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) q_kernel(const __grid_con
     if (step < last) load(step + 1, stage ^ 1);
     if (C::REGS && first) {
 #pragma unroll
-      for (int kk = 0; kk < KK; kk++)
-#pragma unroll
-        for (int i = 0; i < MI; i++) {
-          ldmatrix(rq[C::REGS ? kk : 0][i], fa.get(sq, i, kk));
-          ldmatrix(rdo[C::REGS ? kk : 0][i], fa.get(sdo, i, kk));
-        }
+      for (int kk = 0; kk < KK; kk++) {
+        load_fragments(rq[C::REGS ? kk : 0], fa, sq, kk);
+        load_fragments(rdo[C::REGS ? kk : 0], fa, sdo, kk);
+      }
       first = false;
     }
     const int key0 = step * BN;
@@ -90,20 +88,8 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) q_kernel(const __grid_con
     float s[MI][BN / 8][4] = {}, d[MI][BN / 8][4] = {};
 #pragma unroll
     for (int kk = 0; kk < KK; kk++) {
-      if (!C::REGS) {
-#pragma unroll
-        for (int i = 0; i < MI; i++) ldmatrix(rq[0][i], fa.get(sq, i, kk));
-      }
-#pragma unroll
-      for (int j = 0; j < BN / 16; j++) {
-        uint32_t f[4];
-        ldmatrix(f, fb.get(tk, j, kk));
-#pragma unroll
-        for (int i = 0; i < MI; i++) {
-          mma(s[i][j * 2], rq[C::REGS ? kk : 0][i], f[0], f[1]);
-          mma(s[i][j * 2 + 1], rq[C::REGS ? kk : 0][i], f[2], f[3]);
-        }
-      }
+      if (!C::REGS) load_fragments(rq[0], fa, sq, kk);
+      multiply_rows(s, rq[C::REGS ? kk : 0], fb, tk, kk);
     }
 #pragma unroll
     for (int i = 0; i < MI; i++)
@@ -128,20 +114,8 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) q_kernel(const __grid_con
     }
 #pragma unroll
     for (int kk = 0; kk < KK; kk++) {
-      if (!C::REGS) {
-#pragma unroll
-        for (int i = 0; i < MI; i++) ldmatrix(rdo[0][i], fa.get(sdo, i, kk));
-      }
-#pragma unroll
-      for (int j = 0; j < BN / 16; j++) {
-        uint32_t f[4];
-        ldmatrix(f, fb.get(tv, j, kk));
-#pragma unroll
-        for (int i = 0; i < MI; i++) {
-          mma(d[i][j * 2], rdo[C::REGS ? kk : 0][i], f[0], f[1]);
-          mma(d[i][j * 2 + 1], rdo[C::REGS ? kk : 0][i], f[2], f[3]);
-        }
-      }
+      if (!C::REGS) load_fragments(rdo[0], fa, sdo, kk);
+      multiply_rows(d, rdo[C::REGS ? kk : 0], fb, tv, kk);
     }
 #pragma unroll
     for (int i = 0; i < MI; i++)
@@ -153,22 +127,8 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) q_kernel(const __grid_con
     for (int kk = 0; kk < BN / 16; kk++) {
       uint32_t a[MI][4];
 #pragma unroll
-      for (int i = 0; i < MI; i++) {
-        a[i][0] = pack(d[i][kk * 2][0], d[i][kk * 2][1]);
-        a[i][1] = pack(d[i][kk * 2][2], d[i][kk * 2][3]);
-        a[i][2] = pack(d[i][kk * 2 + 1][0], d[i][kk * 2 + 1][1]);
-        a[i][3] = pack(d[i][kk * 2 + 1][2], d[i][kk * 2 + 1][3]);
-      }
-#pragma unroll
-      for (int j = 0; j < HD / 16; j++) {
-        uint32_t f[4];
-        ldmatrix_trans(f, ft.get(tk, kk, j));
-#pragma unroll
-        for (int i = 0; i < MI; i++) {
-          mma(dq[i][j * 2], a[i], f[0], f[1]);
-          mma(dq[i][j * 2 + 1], a[i], f[2], f[3]);
-        }
-      }
+      for (int i = 0; i < MI; i++) pack_columns(a[i], d[i], kk);
+      multiply_columns(dq, a, ft, tk, kk);
     }
   }
 

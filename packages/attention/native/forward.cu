@@ -67,9 +67,7 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) forward_kernel(const __gr
     if (step > first_tile) load(step - 1, stage ^ 1);
     if (C::QREG && first) {
 #pragma unroll
-      for (int kk = 0; kk < KK; kk++)
-#pragma unroll
-        for (int i = 0; i < MI; i++) ldmatrix(rq[C::QREG ? kk : 0][i], fq.get(sq, i, kk));
+      for (int kk = 0; kk < KK; kk++) load_fragments(rq[C::QREG ? kk : 0], fq, sq, kk);
       first = false;
     }
 
@@ -81,20 +79,8 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) forward_kernel(const __gr
     float s[MI][BN / 8][4] = {};
 #pragma unroll
     for (int kk = 0; kk < KK; kk++) {
-      if (!C::QREG) {
-#pragma unroll
-        for (int i = 0; i < MI; i++) ldmatrix(rq[0][i], fq.get(sq, i, kk));
-      }
-#pragma unroll
-      for (int j = 0; j < BN / 16; j++) {
-        uint32_t b[4];
-        ldmatrix(b, fk.get(sk + stage * C::TILE, j, kk));
-#pragma unroll
-        for (int i = 0; i < MI; i++) {
-          mma(s[i][j * 2], rq[C::QREG ? kk : 0][i], b[0], b[1]);
-          mma(s[i][j * 2 + 1], rq[C::QREG ? kk : 0][i], b[2], b[3]);
-        }
-      }
+      if (!C::QREG) load_fragments(rq[0], fq, sq, kk);
+      multiply_rows(s, rq[C::QREG ? kk : 0], fk, sk + stage * C::TILE, kk);
     }
     if (negative) {
 #pragma unroll
@@ -159,22 +145,8 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) forward_kernel(const __gr
     for (int kk = 0; kk < BN / 16; kk++) {
       uint32_t a[MI][4];
 #pragma unroll
-      for (int i = 0; i < MI; i++) {
-        a[i][0] = pack(s[i][kk * 2][0], s[i][kk * 2][1]);
-        a[i][1] = pack(s[i][kk * 2][2], s[i][kk * 2][3]);
-        a[i][2] = pack(s[i][kk * 2 + 1][0], s[i][kk * 2 + 1][1]);
-        a[i][3] = pack(s[i][kk * 2 + 1][2], s[i][kk * 2 + 1][3]);
-      }
-#pragma unroll
-      for (int j = 0; j < HD / 16; j++) {
-        uint32_t b[4];
-        ldmatrix_trans(b, fv.get(sv + stage * C::TILE, kk, j));
-#pragma unroll
-        for (int i = 0; i < MI; i++) {
-          mma(o[i][j * 2], a[i], b[0], b[1]);
-          mma(o[i][j * 2 + 1], a[i], b[2], b[3]);
-        }
-      }
+      for (int i = 0; i < MI; i++) pack_columns(a[i], s[i], kk);
+      multiply_columns(o, a, fv, sv + stage * C::TILE, kk);
     }
   }
 

@@ -71,6 +71,60 @@ __device__ __forceinline__ Fragment<HD> b_fragment() { const int l = threadIdx.x
 template <int HD>
 __device__ __forceinline__ Fragment<HD> t_fragment() { const int l = threadIdx.x % 32; return {l & 15, l >> 4}; }
 
+/* A's 16-row fragments at columns 16 kk. */
+template <int HD, int MI>
+__device__ __forceinline__ void load_fragments(uint32_t (&a)[MI][4], const Fragment<HD>& at, uint32_t tile, int kk) {
+#pragma unroll
+  for (int i = 0; i < MI; i++) ldmatrix(a[i], at.get(tile, i, kk));
+}
+/* Columns 16 j .. 16 j + 15 of acc += a f. */
+template <int MI, int N>
+__device__ __forceinline__ void multiply16(float (&acc)[MI][N][4], const uint32_t (&a)[MI][4], const uint32_t (&f)[4], int j) {
+#pragma unroll
+  for (int i = 0; i < MI; i++) {
+    mma(acc[i][j * 2], a[i], f[0], f[1]);
+    mma(acc[i][j * 2 + 1], a[i], f[2], f[3]);
+  }
+}
+/* acc += A B^T for 16 of k, columns 16 kk of both tiles; B's rows are acc's columns. `at`: b_fragment. */
+template <int HD, int MI, int N>
+__device__ __forceinline__ void multiply_rows(float (&acc)[MI][N][4], const uint32_t (&a)[MI][4], const Fragment<HD>& at, uint32_t tile, int kk) {
+#pragma unroll
+  for (int j = 0; j < N / 2; j++) {
+    uint32_t f[4];
+    ldmatrix(f, at.get(tile, j, kk));
+    multiply16(acc, a, f, j);
+  }
+}
+/* acc += A B^T over all head dims. */
+template <int HD, int MI, int N>
+__device__ __forceinline__ void multiply_tiles(float (&acc)[MI][N][4], const Fragment<HD>& a_at, uint32_t a_tile, const Fragment<HD>& b_at, uint32_t b_tile) {
+#pragma unroll
+  for (int kk = 0; kk < HD / 16; kk++) {
+    uint32_t a[MI][4];
+    load_fragments(a, a_at, a_tile, kk);
+    multiply_rows(acc, a, b_at, b_tile, kk);
+  }
+}
+/* acc += A B for 16 of k, rows 16 kk of B's tile; its columns from 16 j0 on are acc's. `at`: t_fragment. */
+template <int HD, int MI, int N>
+__device__ __forceinline__ void multiply_columns(float (&acc)[MI][N][4], const uint32_t (&a)[MI][4], const Fragment<HD>& at, uint32_t tile, int kk, int j0 = 0) {
+#pragma unroll
+  for (int j = 0; j < N / 2; j++) {
+    uint32_t f[4];
+    ldmatrix_trans(f, at.get(tile, kk, j0 + j));
+    multiply16(acc, a, f, j);
+  }
+}
+/* Columns 16 kk .. of an accumulator, rounded to bf16: the left operand of the next product. */
+template <int N>
+__device__ __forceinline__ void pack_columns(uint32_t (&a)[4], const float (&acc)[N][4], int kk) {
+  a[0] = pack(acc[kk * 2][0], acc[kk * 2][1]);
+  a[1] = pack(acc[kk * 2][2], acc[kk * 2][3]);
+  a[2] = pack(acc[kk * 2 + 1][0], acc[kk * 2 + 1][1]);
+  a[3] = pack(acc[kk * 2 + 1][2], acc[kk * 2 + 1][3]);
+}
+
 /* Copies ROWS rows into a tile; `source(row)` gives a row's address and null for a row of zeros. */
 template <int HD, int ROWS, int THREADS, class F>
 __device__ __forceinline__ void load_tile(uint32_t tile, int dim, const void* any, F&& source) {
@@ -131,6 +185,82 @@ __device__ __forceinline__ int first_key(const Problem& p, int i) {
   int low = p.doc_start ? max(0, p.doc_start[i]) : 0;  // the host has not looked at device memory
   if (p.window > 0) low = max(low, p.start + i - p.window + 1);
   return min(low, p.start + i);
+}
+
+/* One past the last query, from `begin` on, that sees any key up to `last_key`. */
+__device__ __forceinline__ int end_of_queries(const Problem& p, int begin, int last_key) {
+  int end = p.n;
+  if (p.window > 0) end = static_cast<int>(min(static_cast<int64_t>(end), static_cast<int64_t>(last_key) + p.window - p.start));
+  if (p.doc_start) {  // non-decreasing: up to the first document that begins after the keys
+    int low = begin, high = max(end, begin);
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (p.doc_start[middle] > last_key) high = middle;
+      else low = middle + 1;
+    }
+    end = low;
+  }
+  return end;
+}
+
+/* Copies rows row0 .. of q and of dout, both from their first head of the group on, into two tiles; those from `row_end` on become zeros. */
+template <int HD, int BM, int THREADS>
+__device__ __forceinline__ void load_row_tiles(const Backward& b, const bf16* q, const bf16* dout, uint32_t sq, uint32_t sdo, int row0, int row_end) {
+  constexpr int CHUNKS = HD / 8, TOTAL = BM * CHUNKS;
+  const Problem& p = b.p;
+#pragma unroll
+  for (int x0 = 0; x0 < TOTAL; x0 += THREADS) {
+    const int x = x0 + threadIdx.x;
+    if (TOTAL % THREADS != 0 && x >= TOTAL) break;
+    const int r = x / CHUNKS, chunk = x % CHUNKS, row = row0 + r;
+    const bool valid = row < row_end && chunk * 8 < p.dim;
+    const int query = query_of(p, row), column = (row - query * p.group) * p.dim + chunk * 8;
+    cp_async(sq + Rows<HD>::at(r, chunk), valid ? q + query * p.q_stride + column : p.q, valid);
+    cp_async(sdo + Rows<HD>::at(r, chunk), valid ? dout + query * b.dout_stride + column : b.dout, valid);
+  }
+}
+
+/* dS^T = P^T (dP^T - delta), in place of dP^T. `packed`: P^T as it was rounded for dV, used where ROUNDED, which takes half the registers. `delta`: of this lane's first row. */
+template <bool ROUNDED, int MI, int N>
+__device__ __forceinline__ void score_gradients(float (&d)[MI][N][4], const float (&prob)[MI][N][4], const uint32_t (&packed)[N / 2][MI][4], const float* delta) {
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+    const float2 pair = *reinterpret_cast<const float2*>(delta + j * 8);
+#pragma unroll
+    for (int i = 0; i < MI; i++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const uint32_t two = packed[j / 2][i][j % 2 * 2 + e / 2];
+        const float rounded = __uint_as_float(e % 2 ? two & 0xffff0000u : two << 16);
+        d[i][j][e] = (ROUNDED ? rounded : prob[i][j][e]) * (d[i][j][e] - (e % 2 ? pair.y : pair.x));
+      }
+  }
+}
+
+/* dK and dV of this warp's keys, first_key on, are added to memory; of the head dims from dim0 on. */
+template <int MI, int N>
+__device__ __forceinline__ void add_to_keys(const Backward& b, const float (&dk)[MI][N][4], const float (&dv)[MI][N][4], int kv_head, int first_key, int keys, int dim0) {
+  const Problem& p = b.p;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < MI; i++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int key = first_key + i * 16 + h * 8 + lane / 4;
+      if (key >= keys) continue;
+      float* to_k = b.dk + key * b.dk_stride + static_cast<int64_t>(kv_head) * p.dim;
+      float* to_v = b.dv + key * b.dv_stride + static_cast<int64_t>(kv_head) * p.dim;
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        const int column = dim0 + j * 8 + lane % 4 * 2;
+        if (column >= p.dim) continue;
+        float2* at_k = reinterpret_cast<float2*>(to_k + column);
+        float2* at_v = reinterpret_cast<float2*>(to_v + column);
+        const float2 before_k = *at_k, before_v = *at_v;
+        *at_k = make_float2(before_k.x + dk[i][j][h * 2] * p.scale, before_k.y + dk[i][j][h * 2 + 1] * p.scale);
+        *at_v = make_float2(before_v.x + dv[i][j][h * 2], before_v.y + dv[i][j][h * 2 + 1]);
+      }
+    }
 }
 
 /* Four lanes hold two neighbouring columns of each of four 8-column blocks; afterwards lane l holds all eight columns of block l. */
