@@ -38,6 +38,17 @@ struct Lane<float> {
 
 constexpr int AHEAD = 4; /* words of a thread that are read before the first is decoded */
 
+/* Calls f(i, word) for this thread's AHEAD words, those that exist. */
+template <typename F>
+__device__ __forceinline__ void each_word(int64_t words, F&& f) {
+  const int64_t first = blockIdx.x * static_cast<int64_t>(THREADS * AHEAD) + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++) {
+    const int64_t w = first + i * THREADS;
+    if (w < words) f(i, w);
+  }
+}
+
 template <typename Out>
 __global__ void __launch_bounds__(THREADS) nf4_kernel(Nf4Dequantize p, const float* map, int block_shift) {
   constexpr int CODES = Lane<Out>::CODES;
@@ -46,27 +57,21 @@ __global__ void __launch_bounds__(THREADS) nf4_kernel(Nf4Dequantize p, const flo
   if (threadIdx.x < 16) table[threadIdx.x] = kNf4Levels[threadIdx.x];
   __syncthreads();
   Out* out = static_cast<Out*>(p.out);
-  const int64_t words = p.n / CODES, first = blockIdx.x * static_cast<int64_t>(THREADS * AHEAD) + threadIdx.x;
+  const int64_t words = p.n / CODES;
   Word codes[AHEAD];
   float scales[AHEAD];
-#pragma unroll
-  for (int i = 0; i < AHEAD; i++) {
-    const int64_t w = first + i * THREADS;
-    if (w >= words) continue;
+  each_word(words, [&](int i, int64_t w) {
     codes[i] = __ldg(reinterpret_cast<const Word*>(p.codes) + w);
     const int64_t b = w * CODES >> block_shift;
     // No fma: the CPU's loop rounds the product, then the sum, and the bits are to be the same.
     scales[i] = p.absmax ? __ldg(p.absmax + b) : __fadd_rn(__fmul_rn(__ldg(map + __ldg(p.codes2 + b)), __ldg(p.scales + b / kScaleBlock)), __ldg(p.offset));
-  }
-#pragma unroll
-  for (int i = 0; i < AHEAD; i++) {
-    const int64_t w = first + i * THREADS;
-    if (w >= words) continue;
+  });
+  each_word(words, [&](int i, int64_t w) {
     float v[CODES];
 #pragma unroll
     for (int c = 0; c < CODES; c++) v[c] = table[codes[i] >> (4 * (c ^ 1)) & 15] * scales[i];  // the high half of a byte comes first
     Lane<Out>::store(out + w * CODES, v);
-  }
+  });
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     for (int64_t i = words * CODES; i < p.n; i++) {
       const int64_t b = i >> block_shift;
@@ -86,20 +91,14 @@ __global__ void __launch_bounds__(THREADS) mxfp4_kernel(Mxfp4 p) {
   constexpr int CODES = Lane<Out>::CODES, PER_SCALE = static_cast<int>(kMxBlock) / CODES;
   using Word = typename Lane<Out>::Word;
   Out* out = static_cast<Out*>(p.values);
-  const int64_t words = p.n / CODES, first = blockIdx.x * static_cast<int64_t>(THREADS * AHEAD) + threadIdx.x;
+  const int64_t words = p.n / CODES;
   Word codes[AHEAD];
   uint8_t scales[AHEAD];
-#pragma unroll
-  for (int i = 0; i < AHEAD; i++) {
-    const int64_t w = first + i * THREADS;
-    if (w >= words) continue;
+  each_word(words, [&](int i, int64_t w) {
     codes[i] = __ldg(reinterpret_cast<const Word*>(p.blocks) + w);
     scales[i] = __ldg(p.scales + w / PER_SCALE);
-  }
-#pragma unroll
-  for (int i = 0; i < AHEAD; i++) {
-    const int64_t w = first + i * THREADS;
-    if (w >= words) continue;
+  });
+  each_word(words, [&](int i, int64_t w) {
     const float scale = power(scales[i]);
     float v[CODES];
 #pragma unroll
@@ -109,7 +108,7 @@ __global__ void __launch_bounds__(THREADS) mxfp4_kernel(Mxfp4 p) {
       v[c] = __uint_as_float((code << 28 & 0x80000000u) | (code << 22 & 0x01c00000u)) * 0x1p126f * scale;
     }
     Lane<Out>::store(out + w * CODES, v);
-  }
+  });
 }
 
 template <typename Out>

@@ -39,31 +39,59 @@ __device__ __forceinline__ void gpt_oss_backward(float& gate, float& up, float d
   up = dup;
 }
 
+/* Where eight neighbouring gates and ups of a row lie: interleaved (gate, up, gate, ...), first the even half; else eight gates, and eight ups. */
+template <bool INTERLEAVED>
+struct Eight {
+  int64_t r, c;
+  uint4 *first, *second;
+  __device__ __forceinline__ Eight(const Glu& p, const Divide& per_row, uint32_t i) {
+    const uint32_t row = per_row(i), eighth = i - row * per_row.by;
+    r = row;
+    c = eighth * 8;
+    first = eight(p.gate, r * p.gate.ld + (INTERLEAVED ? 2 * c : c));
+    second = INTERLEAVED ? first + 1 : eight(p.up, r * p.up.ld + c);
+  }
+  __device__ __forceinline__ void load(float (&v)[16]) const {
+    unpack(*first, v);
+    unpack(*second, v + 8);
+  }
+  __device__ __forceinline__ void store(uint4 x, uint4 y) const {
+    *first = x;
+    *second = y;
+  }
+};
+/* The same of one gate and its up. */
+struct One {
+  int64_t r, c, at_gate, at_up;
+  const DeviceRows& up_rows;
+  float gate, up;
+  __device__ __forceinline__ One(const Glu& p, bool interleaved, int64_t i)
+      : r(i / p.width), c(i % p.width), at_gate(r * p.gate.ld + (interleaved ? 2 * c : c)), at_up(interleaved ? at_gate + 1 : r * p.up.ld + c),
+        up_rows(interleaved ? p.gate : p.up), gate(load_any(p.gate, at_gate)), up(load_any(up_rows, at_up)) {}
+  __device__ __forceinline__ void store(const Glu& p) const {
+    store_any(p.gate, at_gate, gate);
+    store_any(up_rows, at_up, up);
+  }
+};
+
 /* The kernels with `8` take bf16 eight elements a thread; the others any rows. The values are the same. */
 template <bool INTERLEAVED>
 __global__ void __launch_bounds__(THREADS) glu8_kernel(const __grid_constant__ Glu p, const __grid_constant__ Divide per_row, uint32_t count) {
   const uint32_t i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= count) return;
-  const uint32_t row = per_row(i), eighth = i - row * per_row.by;
-  const int64_t r = row, c = eighth * 8;
-  uint4* first = eight(p.gate, r * p.gate.ld + (INTERLEAVED ? 2 * c : c));
-  uint4* second = INTERLEAVED ? first + 1 : eight(p.up, r * p.up.ld + c);
-  float v[16], out[8];  // interleaved: gate, up, gate, ...; else eight gates, then eight ups
-  unpack(*first, v);
-  unpack(*second, v + 8);
+  const Eight<INTERLEAVED> at(p, per_row, i);
+  float v[16], out[8];
+  at.load(v);
   if (p.bias.data) {
-    const int64_t e = p.ids[p.pair_of[r]] * p.bias.ld;
+    const int64_t e = p.ids[p.pair_of[at.r]] * p.bias.ld;
     float bias[16];
-    load8(p.bias, e + (INTERLEAVED ? 2 * c : c), bias);
-    load8(p.bias, e + (INTERLEAVED ? 2 * c + 8 : p.width + c), bias + 8);
+    load8(p.bias, e + (INTERLEAVED ? 2 * at.c : at.c), bias);
+    load8(p.bias, e + (INTERLEAVED ? 2 * at.c + 8 : p.width + at.c), bias + 8);
 #pragma unroll
     for (int j = 0; j < 16; j++) v[j] += bias[j];
     // Rounded as backward will read them.
     const uint4 x = pack(v), y = pack(v + 8);
-    if (p.keep) {
-      *first = x;
-      *second = y;
-    }
+    if (p.keep) at.store(x, y);
     unpack(x, v);
     unpack(y, v + 8);
   }
@@ -72,21 +100,17 @@ __global__ void __launch_bounds__(THREADS) glu8_kernel(const __grid_constant__ G
     float unused;
     out[j] = INTERLEAVED ? gpt_oss(v[2 * j], v[2 * j + 1], p.limit, p.alpha) : activate(p.activation, v[j], &unused) * v[8 + j];
   }
-  *eight(p.out, r * p.out.ld + c) = pack(out);
+  *eight(p.out, at.r * p.out.ld + at.c) = pack(out);
 }
 
 template <bool INTERLEAVED>
 __global__ void __launch_bounds__(THREADS) glu_backward8_kernel(const __grid_constant__ Glu p, const __grid_constant__ Divide per_row, uint32_t count) {
   const uint32_t i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= count) return;
-  const uint32_t row = per_row(i), eighth = i - row * per_row.by;
-  const int64_t r = row, c = eighth * 8;
-  uint4* first = eight(p.gate, r * p.gate.ld + (INTERLEAVED ? 2 * c : c));
-  uint4* second = INTERLEAVED ? first + 1 : eight(p.up, r * p.up.ld + c);
+  const Eight<INTERLEAVED> at(p, per_row, i);
   float v[16], d[8];
-  unpack(*first, v);
-  unpack(*second, v + 8);
-  unpack(*eight(p.dout, r * p.dout.ld + c), d);
+  at.load(v);
+  unpack(*eight(p.dout, at.r * p.dout.ld + at.c), d);
 #pragma unroll
   for (int j = 0; j < 8; j++) {
     if constexpr (INTERLEAVED) {
@@ -98,52 +122,41 @@ __global__ void __launch_bounds__(THREADS) glu_backward8_kernel(const __grid_con
       v[8 + j] = d[j] * a;
     }
   }
-  *first = pack(v);
-  *second = pack(v + 8);
+  at.store(pack(v), pack(v + 8));
 }
 
 __global__ void glu_kernel(Glu p) {
   const bool interleaved = p.activation == kGptOss;
   LCTX_GRID_STRIDE(i, p.rows * p.width) {
-    const int64_t r = i / p.width, c = i % p.width;
-    const int64_t at_gate = r * p.gate.ld + (interleaved ? 2 * c : c), at_up = interleaved ? at_gate + 1 : r * p.up.ld + c;
-    const DeviceRows& up_rows = interleaved ? p.gate : p.up;
-    float gate = load_any(p.gate, at_gate), up = load_any(up_rows, at_up);
+    One x(p, interleaved, i);
     if (p.bias.data) {
-      const int64_t e = p.ids[p.pair_of[r]] * p.bias.ld;
-      gate += load_any(p.bias, e + (interleaved ? 2 * c : c));
-      up += load_any(p.bias, e + (interleaved ? 2 * c + 1 : p.width + c));
+      const int64_t e = p.ids[p.pair_of[x.r]] * p.bias.ld;
+      x.gate += load_any(p.bias, e + (interleaved ? 2 * x.c : x.c));
+      x.up += load_any(p.bias, e + (interleaved ? 2 * x.c + 1 : p.width + x.c));
       // Rounded as backward will read them.
-      if (p.gate.dtype == LCTX_BF16) gate = __bfloat162float(__float2bfloat16(gate));
-      if (up_rows.dtype == LCTX_BF16) up = __bfloat162float(__float2bfloat16(up));
-      if (p.keep) {
-        store_any(p.gate, at_gate, gate);
-        store_any(up_rows, at_up, up);
-      }
+      if (p.gate.dtype == LCTX_BF16) x.gate = __bfloat162float(__float2bfloat16(x.gate));
+      if (x.up_rows.dtype == LCTX_BF16) x.up = __bfloat162float(__float2bfloat16(x.up));
+      if (p.keep) x.store(p);
     }
     float unused;
-    store_any(p.out, r * p.out.ld + c, interleaved ? gpt_oss(gate, up, p.limit, p.alpha) : activate(p.activation, gate, &unused) * up);
+    store_any(p.out, x.r * p.out.ld + x.c, interleaved ? gpt_oss(x.gate, x.up, p.limit, p.alpha) : activate(p.activation, x.gate, &unused) * x.up);
   }
 }
 
 __global__ void glu_backward_kernel(Glu p) {
   const bool interleaved = p.activation == kGptOss;
   LCTX_GRID_STRIDE(i, p.rows * p.width) {
-    const int64_t r = i / p.width, c = i % p.width;
-    const int64_t at_gate = r * p.gate.ld + (interleaved ? 2 * c : c), at_up = interleaved ? at_gate + 1 : r * p.up.ld + c;
-    const DeviceRows& up_rows = interleaved ? p.gate : p.up;
-    float gate = load_any(p.gate, at_gate), up = load_any(up_rows, at_up);
-    const float d = load_any(p.dout, r * p.dout.ld + c);
+    One x(p, interleaved, i);
+    const float d = load_any(p.dout, x.r * p.dout.ld + x.c);
     if (interleaved) {
-      gpt_oss_backward(gate, up, d, p.limit, p.alpha);
+      gpt_oss_backward(x.gate, x.up, d, p.limit, p.alpha);
     } else {
       float derivative;
-      const float a = activate(p.activation, gate, &derivative);
-      gate = d * up * derivative;
-      up = d * a;
+      const float a = activate(p.activation, x.gate, &derivative);
+      x.gate = d * x.up * derivative;
+      x.up = d * a;
     }
-    store_any(p.gate, at_gate, gate);
-    store_any(up_rows, at_up, up);
+    x.store(p);
   }
 }
 
