@@ -118,11 +118,11 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) fused_kernel(const __grid
     for (int kk = 0; kk < BN / 16; kk++) {
       uint32_t a[C::MQ][4];
 #pragma unroll
-      for (int i = 0; i < C::MQ; i++) ldmatrix_trans(a[i], fr.get(ds, kk, wm * C::MQ + i));
+      for (int i = 0; i < C::MQ; i++) ldmatrix<true>(a[i], fr.get(ds, kk, wm * C::MQ + i));
 #pragma unroll
       for (int j = 0; j < C::NQ / 2; j++) {
         uint32_t f[4];
-        ldmatrix_trans(f, ft.get(sk, kk, wn * (C::NQ / 2) + j));
+        ldmatrix<true>(f, ft.get(sk, kk, wn * (C::NQ / 2) + j));
 #pragma unroll
         for (int i = 0; i < C::MQ; i++) {
           mma(acc[i][j * 2], a[i], f[0], f[1]);

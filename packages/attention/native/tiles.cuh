@@ -10,43 +10,23 @@
 #include <cstdint>
 
 #include "cuda_kernels.h"
+#include "lctx/mma.cuh"
 #include "lctx/shared_memory.h"
 
 namespace attention::cuda {
 
 using bf16 = __nv_bfloat16;
 using lctx::cuda::allow_shared_memory;
+using lctx::warp::cp_async_commit, lctx::warp::cp_async_wait, lctx::warp::ldmatrix, lctx::warp::mma, lctx::warp::pack, lctx::warp::smem_address, lctx::warp::transpose_quad;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.69314718055994531f;
 
-__device__ __forceinline__ uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 /* 16 bytes; zeros unless `valid`. */
-__device__ __forceinline__ void cp_async(uint32_t dst, const void* src, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory"); }
-
-__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-__device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+__device__ __forceinline__ void cp_async(uint32_t dst, const void* src, bool valid) { lctx::warp::cp_async(dst, src, valid ? 16 : 0); }
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 /* Rows of HD bf16 in shared memory; chunks of 16 bytes are permuted within a row so that neither ldmatrix nor cp.async meets bank conflicts. */
 template <int HD>
 struct Rows {
@@ -112,7 +92,7 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[MI][N][4], const u
 #pragma unroll
   for (int j = 0; j < N / 2; j++) {
     uint32_t f[4];
-    ldmatrix_trans(f, at.get(tile, kk, j0 + j));
+    ldmatrix<true>(f, at.get(tile, kk, j0 + j));
     multiply16(acc, a, f, j);
   }
 }
@@ -261,17 +241,6 @@ __device__ __forceinline__ void add_to_keys(const Backward& b, const float (&dk)
         *at_v = make_float2(before_v.x + dv[i][j][h * 2], before_v.y + dv[i][j][h * 2 + 1]);
       }
     }
-}
-
-/* Four lanes hold two neighbouring columns of each of four 8-column blocks; afterwards lane l holds all eight columns of block l. */
-__device__ __forceinline__ void transpose_quad(uint32_t (&r)[4]) {
-  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-  const uint32_t s0 = __shfl_xor_sync(~0u, odd ? r[0] : r[1], 1), s1 = __shfl_xor_sync(~0u, odd ? r[2] : r[3], 1);
-  (odd ? r[0] : r[1]) = s0;
-  (odd ? r[2] : r[3]) = s1;
-  const uint32_t t0 = __shfl_xor_sync(~0u, high ? r[0] : r[2], 2), t1 = __shfl_xor_sync(~0u, high ? r[1] : r[3], 2);
-  (high ? r[0] : r[2]) = t0;
-  (high ? r[1] : r[3]) = t1;
 }
 
 /* Writes half `h` (rows lane / 4 + 8 h) of a 16 x HD accumulator, times `factor`, as bf16 into a row of memory; `to` null: this row does not exist. */
