@@ -5,9 +5,9 @@ import { AdamW } from '@lc/qlora';
 import { deviceMemory, fromTypedArray, Scope } from '@lc/tensor';
 import { openSafetensors, writeSafetensors } from '@lc/tensor/safetensors';
 import type { ResolvedSFTConfig } from './args.js';
+import type { Limits } from './budgets.js';
 import type { PlanEvent } from './events.js';
 import type { LanguageModel } from './fast-language-model.js';
-import type { Limits } from './reserve.js';
 import { StepMemory } from './step-memory.js';
 
 export interface EngineStepOptions {

@@ -1,5 +1,6 @@
 /** `@lc/trainer`: FastLanguageModel, SFTTrainer and the `lc` command. */
 export { lrSchedulerTypes, type ResolvedSFTConfig, type SFTConfig } from './args.js';
+export type { Budget, Budgets, Limits } from './budgets.js';
 export { loadConfig, parseConfig, type TrainConfig } from './cli/config.js';
 export { ProgressDisplay } from './cli/progress.js';
 export type { EndEvent, EvalEvent, PlanEvent, ProgressEvent, SaveEvent, StepEvent, TrainerEvent, WarningEvent } from './events.js';
@@ -8,9 +9,6 @@ export { formatTrainableTable, type TrainableRow, trainableTable } from './gradi
 export { loraOf, shapeOf } from './model-shape.js';
 export {
   type Attempt,
-  type Budget,
-  type Budgets,
-  type Limits,
   planStep,
   type Reservation,
   type ReserveOptions,

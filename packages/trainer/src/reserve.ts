@@ -3,29 +3,10 @@
  * speed, and nothing has been computed. `SFTTrainer` and `lc bench step` share it.
  */
 import { type CausalLM, TrainingSession } from '@lc/models';
-import {
-  type Device,
-  deviceMemory,
-  isPinned,
-  LcError,
-  memInfo,
-  processMemory,
-  Scope,
-  setRamLimit,
-  setVramLimit,
-  Workspace,
-} from '@lc/tensor';
-import { type ModelShape, type Plan, type PlanOptions, plan, ramInfo } from '@lc/vram-probe';
+import { type Device, isPinned, LcError, Scope, Workspace } from '@lc/tensor';
+import { type ModelShape, type Plan, type PlanOptions, plan } from '@lc/vram-probe';
+import { applyLimits, type Budget, BudgetSearch, type Budgets, isOutOfMemory, measureBudgets } from './budgets.js';
 import { isPrepared, loraOf, shapeOf } from './model-shape.js';
-
-/** Which budget ran out. */
-export type Budget = 'VRAM' | 'RAM' | 'pinned';
-
-/** Bytes that a plan may count on. */
-export interface Budgets {
-  vram: number;
-  ram: number;
-}
 
 export interface ReserveOptions {
   /** Loaded, with its adapter: what it holds is not planned again. */
@@ -87,31 +68,6 @@ export interface Reservation extends Disposable {
 const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;
 const MAX_ATTEMPTS = 16;
 
-export interface Limits {
-  vramLimit?: number | null | undefined;
-  ramLimit?: number | null | undefined;
-}
-
-/** Sets the limits that were given. @throws ERR_LC_OUT_OF_MEMORY when more is taken already */
-export function applyLimits(device: Device, { vramLimit, ramLimit }: Limits): void {
-  if (ramLimit !== undefined) setRamLimit(ramLimit);
-  if (vramLimit !== undefined && device.startsWith('cuda')) setVramLimit(device, vramLimit);
-}
-
-/** What may be taken now: measured, within the limits, less a margin for what others take meanwhile and for kernels that are loaded at their first launch. */
-export function measureBudgets(device: Device, { vramLimit, ramLimit }: Limits = {}): Budgets {
-  const live = deviceMemory('cpu').liveBytes + deviceMemory('host').liveBytes;
-  const allowed = ramLimit ? Math.max(0, ramLimit - live) : Number.POSITIVE_INFINITY;
-  const ram = Math.min(memInfo('cpu').freeBytes, ramInfo().availableBytes * 0.9, allowed);
-  if (!device.startsWith('cuda')) return { vram: Math.min(ram, vramLimit ?? Number.POSITIVE_INFINITY), ram };
-  let { freeBytes } = memInfo(device);
-  if (vramLimit) {
-    const { bytes, poolBytes, poolUsedBytes } = processMemory(device);
-    freeBytes = Math.min(freeBytes, vramLimit - (bytes - poolBytes + poolUsedBytes));
-  }
-  return { vram: Math.max(0, freeBytes - Math.max(256 << 20, freeBytes * 0.01)), ram };
-}
-
 /** What a plan may count on now. */
 export const budgetsOf = (o: ReserveOptions): Budgets =>
   typeof o.budgets === 'function' ? o.budgets() : (o.budgets ?? measureBudgets(o.model.device, o));
@@ -145,8 +101,6 @@ function planOptions(o: ReserveOptions, device: Device, budgets: Budgets): PlanO
 /** cuBLASLt's workspace, products cut along k, kernels that are loaded at their first launch. */
 const LIBRARIES = 192 << 20;
 
-export const isOutOfMemory = (error: unknown): error is LcError => error instanceof LcError && error.code === 'ERR_LC_OUT_OF_MEMORY';
-
 /** Which budget an allocator's error is about. */
 const budgetOf = (error: LcError): Budget => (/ on cuda:\d+|VRAM/.test(error.message) ? 'VRAM' : 'RAM');
 
@@ -167,7 +121,7 @@ export function reserveStep(o: ReserveOptions): Reservation {
   const { device } = o.model;
   const attempts: Attempt[] = [];
   applyLimits(device, o);
-  const search = new BudgetSearch(o);
+  const search = new BudgetSearch(() => budgetsOf(o), device.startsWith('cuda'));
   for (;;) {
     const p = plan({ ...planOptions(o, device, search.budgets), maxTokens: false });
     if (p.fits) {
@@ -185,55 +139,6 @@ export function reserveStep(o: ReserveOptions): Reservation {
     } else if (!search.tooLittle()) {
       throw doesNotFit(o, search.least(), attempts);
     }
-  }
-}
-
-/**
- * The budgets to plan with next. What is free is measured again after every reservation that fails: another process may have taken it since. Where that still promises too
- * much, the next plan gets clearly less of what ran out than the failed one took: 4%, then 8%, ... at most half; and once that was too little for any plan, the middle
- * between the two, until they lie close together.
- */
-class BudgetSearch {
-  readonly budgets: Budgets;
-  private readonly keys: (keyof Budgets)[] = [];
-  /** Of what ran out last: the least that a failed plan took, and the most that no plan fitted into. */
-  private most = Number.POSITIVE_INFINITY;
-  private floor = 0;
-
-  constructor(private readonly o: ReserveOptions) {
-    this.budgets = { ...budgetsOf(o) };
-  }
-
-  failed(p: Plan, what: Budget, attempts: number): void {
-    const { device: onDevice, host } = p.predictedPeak;
-    const onGpu = this.o.model.device.startsWith('cuda');
-    const keys: (keyof Budgets)[] = !onGpu ? ['vram', 'ram'] : what === 'VRAM' ? ['vram'] : ['ram'];
-    if (keys.join() !== this.keys.join()) {
-      this.floor = 0;
-      this.keys.splice(0, 2, ...keys);
-    }
-    this.most = Math.min(!onGpu ? onDevice + host : what === 'VRAM' ? onDevice : host, ...keys.map((key) => this.budgets[key]));
-    const share = Math.min(0.5, 0.04 * 2 ** (attempts - 1));
-    this.next(this.floor > 0 ? (this.floor + this.most) / 2 : this.most - Math.max(1 << 20, share * this.most));
-  }
-
-  /** No plan fits into these budgets. Whether there are larger ones worth trying. */
-  tooLittle(): boolean {
-    if (this.keys.length === 0) return false;
-    this.floor = Math.min(...this.keys.map((key) => this.budgets[key]));
-    this.next((this.floor + this.most) / 2);
-    return this.keys.every((key) => this.budgets[key] > this.floor + 0.02 * this.most);
-  }
-
-  /** What surely may be counted on, for an error's advice. */
-  least(): Budgets {
-    const now = budgetsOf(this.o);
-    return { vram: Math.min(this.budgets.vram, now.vram), ram: Math.min(this.budgets.ram, now.ram) };
-  }
-
-  private next(bytes: number): void {
-    const now = budgetsOf(this.o);
-    for (const key of this.keys) this.budgets[key] = Math.max(0, Math.min(bytes, now[key]));
   }
 }
 

@@ -4,17 +4,8 @@
  */
 import type { TrainingSession } from '@lc/models';
 import type { Plan } from '@lc/vram-probe';
-import {
-  applyLimits,
-  type Budgets,
-  budgetsOf,
-  isOutOfMemory,
-  type Limits,
-  planStep,
-  type Reservation,
-  type ReserveOptions,
-  reserveStep,
-} from './reserve.js';
+import { applyLimits, type Budgets, isOutOfMemory, type Limits } from './budgets.js';
+import { budgetsOf, planStep, type Reservation, type ReserveOptions, reserveStep } from './reserve.js';
 
 const LEAST_MOVE = 2 ** 30;
 const LEAST_SHARE = 0.1;

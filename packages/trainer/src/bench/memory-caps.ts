@@ -1,6 +1,6 @@
 /** Caps of a case, and a clean slate before it: what an earlier case took must not count as this one's. */
 import { type DeviceLike, processMemory, setRamLimit, setVramLimit } from '@lc/tensor';
-import { isOutOfMemory } from '../reserve.js';
+import { isOutOfMemory } from '../budgets.js';
 
 /** On a GPU the allocator holds the caps (context and libraries count), and gives the driver back what it holds unused. On the CPU plans hold them. */
 export function applyCaps(device: DeviceLike, { vram, ram }: { vram?: number | undefined; ram?: number | undefined }): void {

@@ -2,7 +2,8 @@
 import type { CausalLM, SequenceLoss, TokenSequence } from '@lc/models';
 import type { AdamW } from '@lc/qlora';
 import { deviceMemory, empty, fill, LcError, processMemory, resetPeak, Scope } from '@lc/tensor';
-import { type Budgets, measureBudgets, planStep, type Reservation, type ReserveOptions, reserveStep } from '../reserve.js';
+import { type Budgets, measureBudgets } from '../budgets.js';
+import { planStep, type Reservation, type ReserveOptions, reserveStep } from '../reserve.js';
 import { Clock } from './clock.js';
 import { stepFlops } from './flops.js';
 import { applyCaps } from './memory-caps.js';
