@@ -216,14 +216,16 @@ def main():
         n, prefix, window, heads, kv_heads, d = case = CASES[name]
         label = f"{heads}/{kv_heads} x {d}, {n:,}" + (f" after {prefix:,}" if prefix else "") + (f", window {window}" if window else "")
         for key in options.only.split(","):
+            before = time.time()
             best, why = measure(key, case)
+            took = f"{time.time() - before:.0f} s in all"
             torch.cuda.empty_cache()
             if best is None:
-                print(f"| {label} | {MAKERS[key][0]} | refused: {why} | | | | |", flush=True)
+                print(f"| {label} | {MAKERS[key][0]} | refused: {why} | | | | {took} |", flush=True)
                 continue
             forward, backward, how = best
             rate = lambda products, ms: 2 * products * pairs(n, prefix, window) * heads * d / ms / 1e9
-            print(f"| {label} | {MAKERS[key][0]} | {forward:.2f} | {rate(2, forward):.0f} | {backward:.2f} | {rate(5, backward):.0f} | {how} |", flush=True)
+            print(f"| {label} | {MAKERS[key][0]} | {forward:.2f} | {rate(2, forward):.0f} | {backward:.2f} | {rate(5, backward):.0f} | {how}; {took} |", flush=True)
     print(f"{time.time() - started:.0f} s")
 
 

@@ -151,11 +151,20 @@ def write_model(folder, to, numbers):
     save_file({k: v.contiguous() for k, v in numbers.items()}, f"{to}/reference.safetensors")
 
 
-def main(folder, out, only, seeds=(None,), fresh=None):
+def main(folder, out, only, seeds=(None,), fresh=None, jobs=1):
     start = time.time()
     names = sorted(n for n in os.listdir(folder) if os.path.exists(f"{folder}/{n}/reference.safetensors") and (not only or n in only))
     if not names:
         raise SystemExit(f"{folder}: no reference models")
+    pairs = [(name, seed) for name in names for seed in seeds]
+    mine, total, children = 0, jobs, []
+    for job in range(1, jobs):  # before CUDA starts
+        child = os.fork()
+        if child == 0:
+            mine, children = job, []
+            break
+        children.append(child)
+    part = lambda job: out if job == 0 else f"{out}.{job}"
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -206,18 +215,28 @@ def main(folder, out, only, seeds=(None,), fresh=None):
             runs["forced"] = {**about, **errors(got, reference)}
             row(label, "forced", runs["forced"])
         result["models"][label] = runs
-        with open(out, "w") as file:
+        with open(part(mine), "w") as file:
             json.dump(result, file, indent=1)
         return sound
 
     sound = True
-    for name, seed in [(name, seed) for name in names for seed in seeds]:
+    for name, seed in pairs[mine::total]:
         try:
             sound = one(name, seed) and sound
         except Exception:  # the others still count
             sound = False
             print(f"{name}:\n{traceback.format_exc()}", flush=True)
-    print(f"{len(names)} models on {result['device']}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}: {time.time() - start:.1f} s")
+    if mine:
+        return 0 if sound else 1
+    for job, child in enumerate(children, 1):
+        sound = os.waitpid(child, 0)[1] == 0 and sound
+        if os.path.exists(part(job)):
+            with open(part(job)) as file:
+                result["models"].update(json.load(file)["models"])
+            os.remove(part(job))
+    with open(out, "w") as file:
+        json.dump(result, file, indent=1)
+    print(f"{len(pairs)} runs of {len(names)} models on {result['device']}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}: {time.time() - start:.1f} s")
     return 0 if sound else 1
 
 
@@ -228,7 +247,9 @@ if __name__ == "__main__":
     parser.add_argument("models", metavar="MODEL", nargs="*")
     parser.add_argument("--seed", metavar="K,...")
     parser.add_argument("--write", metavar="FRESH")
-    args = parser.parse_args()
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="that many processes share the models and seeds (each run is bound by launches)")
+    args = parser.parse_intermixed_args()
     if (args.seed is None) != (args.write is None):
         parser.error("--seed and --write go together")
-    sys.exit(main(args.folder, args.out, set(args.models), [int(k) for k in args.seed.split(",")] if args.seed else (None,), args.write))
+    seeds = [int(k) for k in args.seed.split(",")] if args.seed else [None]
+    sys.exit(main(args.folder, args.out, set(args.models), seeds, args.write, args.jobs))
