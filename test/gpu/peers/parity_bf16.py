@@ -1,6 +1,6 @@
 """transformers + PEFT in bf16 on a GPU, against the reference models' f32 numbers: what our own bf16 run is compared with.
 
-    python3 parity_bf16.py DIR OUT.json [--seed K,... --write FRESH] [MODEL ...]
+    python3 parity_bf16.py DIR OUT.json [--seed K,... --write FRESH] [--jobs N] [MODEL ...]
 
 DIR: reference models as test/fixtures/reference-models/README.md describes them. OUT.json then goes to `./run parity DIR --peer OUT.json`.
 Needs PyTorch with CUDA, transformers and PEFT; nothing is downloaded.
@@ -172,8 +172,9 @@ def main(folder, out, only, seeds=(None,), fresh=None, jobs=1):
         "peft": peft.__version__,
         "models": {},
     }
-    print("| model | run | attention, experts, LoRA | base loss | adapter loss | gradients: median | worst | ten losses: median | worst | routings flipped |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    if mine == 0:
+        print("| model | run | attention, experts, LoRA | base loss | adapter loss | gradients: median | worst | ten losses: median | worst | routings flipped |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
 
     def row(name, run, errors, flipped=None):
         middle = lambda v: sorted(v)[len(v) // 2]
