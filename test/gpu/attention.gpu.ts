@@ -230,6 +230,13 @@ for (const window of [1, 128, 1000]) {
   cases.push([`window ${window}, no groups`, { n: 300, heads: 2, kvHeads: 2, headDim: 64, window, documents: [0, 100, 257] }]);
 }
 cases.push(
+  // Many heads for few tokens: on large cards a block of the windowed backward goes over several blocks of keys.
+  [
+    'window 40, 72 K/V heads',
+    { n: 420, heads: 144, kvHeads: 72, headDim: 16, window: 40, start: 33, documents: [0, 40, 163, 164, 320, 449], sinks: true },
+  ],
+  ['window 129, group 7', { n: 200, heads: 7, kvHeads: 1, headDim: 64, window: 129, start: 20, sinks: true }],
+  ['window 130, group 7', { n: 200, heads: 7, kvHeads: 1, headDim: 64, window: 130, start: 20, sinks: true }],
   ['several documents', { n: 300, heads: 3, kvHeads: 1, headDim: 64, documents: [0, 1, 2, 64, 65, 130, 199], sinks: true }],
   ['documents in the prefix', { n: 130, heads: 7, kvHeads: 1, headDim: 128, start: 300, documents: [0, 37, 301, 364] }],
   ['every token its own document', { n: 70, heads: 2, kvHeads: 1, headDim: 64, documents: Array.from({ length: 70 }, (_, i) => i) }],

@@ -129,7 +129,7 @@ void backward(const Args& a) {
   if (const int64_t floats = backward_fused_floats(b.p)) b.dq_sum = list<float>(a, "dqSum", LCTX_F32, floats, q);
   const cudaStream_t stream = lctx::cuda_stream(a, q);
   if (on_hopper(a, hopper_backward_refuses(b))) {
-    b.hopper = needed<float>(a, "hopper", LCTX_F32, hopper_backward_floats(b.p), q);
+    if (const int64_t floats = hopper_backward_floats(b.p)) b.hopper = needed<float>(a, "hopper", LCTX_F32, floats, q);
     b.ordered = !a.flag("anyOrder");
     launched(a, hopper_backward(b, stream));
   } else launched(a, backward(b, stream));

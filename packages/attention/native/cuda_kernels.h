@@ -74,6 +74,10 @@ bool hopper_card();
 const char* hopper_backward_refuses(const Backward& b);
 int64_t hopper_backward_floats(const Problem& p);
 int hopper_backward(const Backward& b, void* stream);
+/* Its kernel behind short windows, and where so few keys are seen that a window of all is short: no scratch but sink_partial, one order of additions. */
+constexpr int kHopperWindowSmem = 217536; /* shared memory of a block */
+bool hopper_backward_window_takes(const Problem& p);
+int hopper_backward_window(const Backward& b, void* stream);
 int backward(const Backward& b, void* stream); /* all of the following, in order */
 int backward_delta(const Backward& b, void* stream);
 int backward_kv(const Backward& b, void* stream);

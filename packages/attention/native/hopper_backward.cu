@@ -16,6 +16,7 @@ constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * t
 
 /* dq_sum; lse and delta by head; low; turn; ticket: see HopperBackward. */
 int64_t hopper_backward_floats(const Problem& p) {
+  if (hopper_backward_window_takes(p)) return 0;
   const int64_t queries = queries_of(p.dim), tiles = (p.n + queries - 1) / queries, rows = p.heads * tiles * queries;
   return rows * (p.dim <= 64 ? 64 : 128) + 2 * rows + round_up(tiles, 4) + p.heads * tiles + 1;
 }
@@ -147,9 +148,10 @@ const char* hopper_backward_refuses(const Backward& b) {
   if (!lctx::cuda::is_hopper()) return "the card is not of compute capability 9.0";
   if (p.dim > 128) return "the head dim is beyond 128";
   if (p.heads > 65535) return "there are too many heads";
-  for (const int64_t stride : {p.q_stride, p.k_stride, p.v_stride, b.dout_stride})
+  for (const int64_t stride : {p.q_stride, p.k_stride, p.v_stride, b.out_stride, b.dout_stride})
     if (stride < int64_t{p.dim} || stride * 2 >= int64_t{1} << 40) return "rows overlap, or are too far apart for bulk tensor copies";
-  if (lctx::cuda::shared_memory_limit() < (p.dim <= 64 ? kBackwardSmem64 : kBackwardSmem128)) return "LCTX_SMEM_LIMIT leaves a block too little shared memory";
+  const int bytes = hopper_backward_window_takes(p) ? kHopperWindowSmem : p.dim <= 64 ? kBackwardSmem64 : kBackwardSmem128;
+  if (lctx::cuda::shared_memory_limit() < bytes) return "LCTX_SMEM_LIMIT leaves a block too little shared memory";
   return nullptr;
 }
 
@@ -157,6 +159,7 @@ bool hopper_card() { return lctx::cuda::is_hopper(); }
 
 int hopper_backward(const Backward& b, void* stream) {
   if (b.p.n == 0) return 0;
+  if (hopper_backward_window_takes(b.p)) return hopper_backward_window(b, stream);
   if (const int error = backward_delta(b, stream)) return error;
   // Behind a window few additions meet, and the first of a tile stores: order costs less than clearing dQ.
   return b.ordered || b.p.window > 0 ? run<true>(b, stream) : run<false>(b, stream);

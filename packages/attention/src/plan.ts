@@ -63,12 +63,18 @@ export function dqSumFloats(shape: AttentionShape): number {
 /** native/hopper_backward.cu: the widest head that it takes. */
 const HOPPER_DIM = 128;
 
+/** native/hopper_backward_window.cu, hopper_backward_window_takes: few keys are seen, so that dQ is complete in registers. */
+function shortOnHopper({ tokens, heads, kvHeads, headDim, start, window }: AttentionShape): boolean {
+  return headDim <= 64 && heads / kvHeads <= 64 && Math.min(window || Number.POSITIVE_INFINITY, start + tokens) <= 129;
+}
+
 /**
  * f32 elements of scratch that the backward pass of Hopper cards takes (native/hopper_backward.cu, hopper_backward_floats): dQ in f32, rows of lse and
- * delta by head, turns. 0: the pass runs on other kernels.
+ * delta by head, turns. 0: the pass runs on other kernels, or on the one of short windows.
  */
-export function hopperFloats({ tokens, heads, headDim }: AttentionShape, card = native().hopper()): number {
-  if (card === false || headDim > HOPPER_DIM) return 0;
+export function hopperFloats(shape: AttentionShape, card = native().hopper()): number {
+  const { tokens, heads, headDim } = shape;
+  if (card === false || headDim > HOPPER_DIM || shortOnHopper(shape)) return 0;
   const [queries, dims] = headDim <= 64 ? [128, 64] : [64, 128]; // of a tile
   const tiles = Math.ceil(tokens / queries);
   return heads * tiles * queries * (dims + 2) + Math.ceil(tiles / 4) * 4 + heads * tiles + 1;

@@ -137,6 +137,10 @@ test('Hopper cards sum dQ in f32 scratch whatever the order; without a card the 
   expect(hopperFloats({ ...base, tokens: 1, heads: 3, headDim: 80 }, true)).toBe(3 * 64 * (128 + 2) + 4 + 3 + 1);
   expect(hopperFloats(base, false)).toBe(0);
   expect(hopperFloats({ ...base, headDim: 136 }, true)).toBe(0);
+  for (const few of [{ window: 129 }, { tokens: 129 }, { tokens: 9, start: 120, window: 1000 }])
+    expect(hopperFloats({ ...base, ...few }, true)).toBe(0);
+  const more = [{ window: 130 }, { tokens: 130 }, { window: 128, headDim: 72 }, { window: 128, heads: 65, kvHeads: 1 }];
+  for (const changes of more) expect(hopperFloats({ ...base, ...changes }, true)).toBeGreaterThan(0);
   if (native().hopper() !== null) return;
   for (const deterministic of [true, false])
     expect(attentionWorkspaceBytes({ ...base, deterministic }).backward).toBeGreaterThan(hopperFloats(base, true) * 4);
