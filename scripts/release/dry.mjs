@@ -14,6 +14,7 @@ import { copyTree, treeState } from './copy.mjs';
 import { runExamples, setExampleVersions } from './examples.mjs';
 import { listing, loading } from './programs.mjs';
 import { startRegistry } from './registry.mjs';
+import { setRepository } from './repository.mjs';
 import { nodeOf, tools } from './tools.mjs';
 
 /** What a README's first block may take. */
@@ -104,6 +105,7 @@ async function versioned(tree) {
   copyTree(tree);
   const old = manifestOf(tree, 'tensor').version;
   await execute(bin('changeset'), ['version'], { cwd: tree });
+  setRepository(tree);
   const versions = new Set(packages.map((name) => manifestOf(tree, name).version));
   if (versions.size !== 1) throw new Error(`versions differ: ${[...versions].join(', ')}; .changeset/config.json has a fixed group`);
   const [version] = versions;

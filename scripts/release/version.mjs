@@ -3,6 +3,8 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { bin, root, run } from '../lib.mjs';
 import { setExampleVersions } from './examples.mjs';
+import { setRepository } from './repository.mjs';
 
 run(bin('changeset'), ['version']);
 setExampleVersions(root, JSON.parse(readFileSync(join(root, 'packages/tensor/package.json'), 'utf8')).version);
+setRepository(root);
