@@ -1,4 +1,8 @@
-/** `@lc/attention`: exact causal attention of a chunk of queries over a K/V prefix, and rotary position embedding. */
+/**
+ * `@lc/attention`: exact causal attention of a chunk of queries over a K/V prefix, and rotary position embedding.
+ * @module @lc/attention
+ */
+
 export { type AttentionArgs, type AttentionBackwardArgs, attentionBackward, attentionForward } from './attention.js';
 export { type AttentionShape, attentionWorkspaceBytes } from './plan.js';
 export * as reference from './reference.js';

@@ -1,4 +1,8 @@
-/** `@lc/data`: text and chat files to packed token sequences with document boundaries. */
+/**
+ * `@lc/data`: text and chat files to packed token sequences with document boundaries.
+ * @module @lc/data
+ */
+
 export { type ChatMessage, ChatTemplate, type ChatTemplateOptions, type RenderOptions } from './chat-template.js';
 export { type DatasetOptions, type DatasetState, loadDataset, PackedDataset, type RawSample } from './dataset.js';
 export {

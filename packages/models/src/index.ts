@@ -1,4 +1,7 @@
-/** `@lc/models`: Hugging Face folders (config.json + safetensors) to layers that run chunk by chunk. */
+/**
+ * `@lc/models`: Hugging Face folders (config.json + safetensors) to layers that run chunk by chunk.
+ * @module @lc/models
+ */
 
 export { CausalLM, type CausalLMParts } from './causal-lm.js';
 export {

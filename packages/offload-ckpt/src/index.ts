@@ -1,4 +1,8 @@
-/** `@lc/offload-ckpt`: gradient checkpoints across device and host memory, and the exact layers x chunks schedule over any list of layers. */
+/**
+ * `@lc/offload-ckpt`: gradient checkpoints across device and host memory, and the exact layers x chunks schedule over any list of layers.
+ * @module @lc/offload-ckpt
+ */
+
 export type { HiddenCallback, InputGradientCallback, LayerScheduleOptions, LossCallback, SequenceOptions, WriteInput } from './options.js';
 export { makeSpans, planStore, type StorePlan, type StoreShape, type Tier } from './plan.js';
 export type { PhaseTime, ProfilePhase, ScheduleProfile } from './profile.js';

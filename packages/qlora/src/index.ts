@@ -1,4 +1,8 @@
-/** `@lc/qlora`: NF4 and MXFP4 weights, LoRA linears over them, AdamW, and PEFT adapter files. */
+/**
+ * `@lc/qlora`: NF4 and MXFP4 weights, LoRA linears over them, AdamW, and PEFT adapter files.
+ * @module @lc/qlora
+ */
+
 export { AdamW, type AdamWOptions, type OptimizerState, type StepResult } from './adamw.js';
 export { type Adapter, applyAdapter, expertParameterName, loadAdapter, saveAdapter } from './adapter.js';
 export { QuantizedExpertLinear, QuantizedLinear } from './linear.js';

@@ -1,4 +1,7 @@
-/** `@lc/tensor`: handles, devices, streams, memory, GEMM and small dense ops that every other `@lc` package composes through. */
+/**
+ * `@lc/tensor`: handles, devices, streams, memory, GEMM and small dense ops that every other `@lc` package composes through.
+ * @module @lc/tensor
+ */
 
 export type { Block, ExpertLinear, Kept, Layer, LayerState, Linear, Parameter, Pass, Span } from './blocks.js';
 export { copy, fill, upload } from './copy.js';

@@ -1,6 +1,7 @@
 /**
  * `@lc/tensor/safetensors`: reads and writes safetensors files (https://huggingface.co/docs/safetensors), single or sharded. Headers are not trusted:
  * everything is checked against the file before a byte of a tensor is read.
+ * @module @lc/tensor/safetensors
  */
 
 export { openSafetensorsFolder, SafetensorsFolder } from './safetensors/folder.js';

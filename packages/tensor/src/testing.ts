@@ -1,4 +1,7 @@
-/** For test suites of packages built on `@lc/tensor`: a leak check, and seeded data. Needs vitest. */
+/**
+ * For test suites of packages built on `@lc/tensor`: a leak check, and seeded data. Needs vitest.
+ * @module @lc/tensor/testing
+ */
 import { afterAll, beforeAll, expect } from 'vitest';
 import { memory } from './memory.js';
 

@@ -1,4 +1,8 @@
-/** `@lc/trainer`: FastLanguageModel, SFTTrainer and the `lc` command. */
+/**
+ * `@lc/trainer`: FastLanguageModel, SFTTrainer and the `lc` command.
+ * @module @lc/trainer
+ */
+
 export { lrSchedulerTypes, type ResolvedSFTConfig, type SFTConfig } from './args.js';
 export type { Budget, Budgets, Limits } from './budgets.js';
 export { loadConfig, parseConfig, type TrainConfig } from './cli/config.js';

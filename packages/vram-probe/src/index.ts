@@ -1,4 +1,7 @@
-/** `@lc/vram-probe`: what the machine has, and the plan that fits it. */
+/**
+ * `@lc/vram-probe`: what the machine has, and the plan that fits it.
+ * @module @lc/vram-probe
+ */
 
 export { type CopyBandwidth, copyBandwidth } from './bandwidth.js';
 export { type DoctorReport, doctor, formatDoctor, type Problem, runDoctor } from './doctor.js';
