@@ -2,6 +2,7 @@
 import { LcTypeError, numThreads, type Tensor } from '@lc/tensor';
 import { native } from './native.js';
 
+/** What a call will look like, for `attentionWorkspaceBytes`. */
 export interface AttentionShape {
   /** Queries in the chunk, n. */
   tokens: number;

@@ -99,6 +99,7 @@ export function backward(p: ReferenceProblem & { dout: ArrayLike<number> }): {
   return { dq, dk, dv, dSinks };
 }
 
+/** x [n, heads, headDim]; docStart [n]. */
 export interface RopeProblem {
   x: ArrayLike<number>;
   n: number;
@@ -130,5 +131,7 @@ function rotate(p: RopeProblem, sign: number): Float64Array {
   return out;
 }
 
+/** x rotated, as a new array [n, heads, headDim]. */
 export const ropeForward = (p: RopeProblem): Float64Array => rotate(p, 1);
+/** The transposed map: a gradient rotated back, as a new array [n, heads, headDim]. */
 export const ropeBackward = (p: RopeProblem): Float64Array => rotate(p, -1);

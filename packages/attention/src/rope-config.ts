@@ -1,5 +1,6 @@
 import { LcError } from '@lc/tensor';
 
+/** Kinds of RoPE scaling that are computed; others are refused. */
 export type RopeType = 'default' | 'linear' | 'dynamic' | 'yarn' | 'llama3';
 
 /** Rotary position embedding of a model, whichever way its config.json spells it. */

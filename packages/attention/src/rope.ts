@@ -5,7 +5,7 @@ import type { RopeConfig } from './rope-config.js';
 
 /** Frequencies of a rotary embedding; made by `ropeInit`. */
 export interface RopeTable {
-  /** [rotaryDim / 2]: radians per position, f64. */
+  /** `[rotaryDim / 2]`, radians per position, f64. */
   readonly invFreq: Float64Array;
   /** Multiplies cos and sin. */
   readonly attentionFactor: number;
@@ -13,6 +13,7 @@ export interface RopeTable {
   readonly rotaryDim: number;
 }
 
+/** What `ropeInit` takes beside the model's configuration. */
 export interface RopeInitOptions {
   headDim: number;
   /** The model's max_position_embeddings. */
@@ -137,6 +138,7 @@ function yarn(config: RopeConfig, invFreq: Float64Array, max: number): number {
   return magnitude(factor);
 }
 
+/** Arguments of `ropeForward` and `ropeBackward`: x [n, heads, headDim] is rotated in place. */
 export interface RopeArgs {
   /** f32 (on a GPU also bf16) [n, heads, headDim], in place; rows may be strided. */
   x: Tensor;

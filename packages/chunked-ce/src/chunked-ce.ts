@@ -16,6 +16,7 @@ import { checkArguments, supervisedRows } from './check.js';
 import { native } from './native.js';
 import { type ChunkSize, type CrossEntropyOptions, checkOptions, chunkRows } from './plan.js';
 
+/** Arguments of `chunkedCrossEntropy`; n rows, one device. */
 export interface ChunkedCrossEntropyArgs extends CrossEntropyOptions {
   /** [n, hidden]; the input of the LM head. */
   hidden: Tensor;
@@ -34,7 +35,7 @@ export interface ChunkedCrossEntropyArgs extends CrossEntropyOptions {
   numTokens?: number;
   /** Default 'auto'. It decides memory and speed, and results up to rounding: fix it where two runs must give the same bits. */
   chunk?: ChunkSize;
-  /** [n, hidden]: gets d(loss)/d(hidden), 0 in ignored rows. May be `hidden` itself, which is then overwritten, but not overlap it otherwise. */
+  /** `[n, hidden]`, gets d(loss)/d(hidden), 0 in ignored rows. May be `hidden` itself, which is then overwritten, but not overlap it otherwise. */
   dHidden?: Tensor | null;
   /** f32 [vocab, hidden]: added to. */
   dWeight?: Tensor | null;
@@ -50,6 +51,7 @@ export interface ChunkedCrossEntropyArgs extends CrossEntropyOptions {
   ws: Workspace;
 }
 
+/** Loss, and what was done for it. */
 export interface ChunkedCrossEntropyResult {
   /** Sum of the tokens' losses / numTokens; 0 when every label is ignored. */
   readonly loss: number;

@@ -35,6 +35,7 @@ export function chunkRows(chunk: ChunkSize, rows: number, vocab: number, hidden:
   return Math.max(1, Math.min(rows, Math.floor(bytes / bytesPerRow(vocab, hidden))));
 }
 
+/** What the loss is, beside logits and labels. */
 export interface CrossEntropyOptions {
   /** Labels with this value are not learnt. Default -100. */
   ignoreIndex?: number;

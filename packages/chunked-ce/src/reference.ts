@@ -3,6 +3,7 @@ import type { CrossEntropyOptions } from './plan.js';
 
 type Numbers = ArrayLike<number>;
 
+/** hidden [n, hidden], weight [vocab, hidden], bias [vocab], labels and tokenWeights [n]. */
 export interface ReferenceArgs extends CrossEntropyOptions {
   hidden: Numbers;
   weight: Numbers;

@@ -6,12 +6,14 @@ import { createRequire } from 'node:module';
 import { Worker } from 'node:worker_threads';
 import { LcError } from '@lc/tensor';
 
+/** One turn of a conversation, as the template sees it. */
 export interface ChatMessage {
   role: string;
   content: unknown;
   [key: string]: unknown;
 }
 
+/** What a template is given beside the messages. */
 export interface RenderOptions {
   addGenerationPrompt?: boolean;
   tools?: unknown[];
@@ -19,6 +21,7 @@ export interface RenderOptions {
   kwargs?: Record<string, unknown>;
 }
 
+/** Special tokens, date and time limit of a template. */
 export interface ChatTemplateOptions {
   /** Milliseconds per render; default 10,000. */
   timeout?: number;
@@ -96,11 +99,13 @@ export class ChatTemplate implements AsyncDisposable {
     return next;
   }
 
+  /** Waits for renderings in flight and ends the worker. */
   async close(): Promise<void> {
     await this.queue;
     await this.worker?.terminate();
     this.worker = undefined;
   }
+  /** For `await using`: `close()`. */
   async [Symbol.asyncDispose](): Promise<void> {
     await this.close();
   }

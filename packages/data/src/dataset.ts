@@ -24,6 +24,7 @@ export interface RawSample {
   messages?: readonly ChatMessage[];
 }
 
+/** Files, tokenizer and length of a dataset, and what becomes of samples. */
 export interface DatasetOptions {
   /** Files or folders. */
   paths: readonly string[];
@@ -114,6 +115,7 @@ export class PackedDataset {
     for (const documents of this.sequences(epoch)) yield joinDocuments(documents);
   }
 
+  /** Where the iteration stands, for `restore`. */
   state(): DatasetState {
     return { ...this.at, fingerprint: this.fingerprint() };
   }

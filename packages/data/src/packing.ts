@@ -16,12 +16,13 @@ export interface PackedSequence {
   inputIds: Int32Array;
   /** [tokens], NOT shifted; -100 is ignored. The first token of each document is -100: nothing before it predicts it. */
   labels: Int32Array;
-  /** [tokens]: index, in this sequence, of the first token of the token's document. */
+  /** `[tokens]`, index, in this sequence, of the first token of the token's document. */
   docStart: Int32Array;
   /** Labels that count towards the loss. */
   supervised: number;
 }
 
+/** The values of `ExcessLengthStrategy`. */
 export const excessLengthStrategies = ['raise', 'drop', 'truncate', 'split'] as const;
 /** What to do with a document that is longer than a sequence. */
 export type ExcessLengthStrategy = (typeof excessLengthStrategies)[number];

@@ -6,9 +6,11 @@ import { LcError } from '@lc/tensor';
 
 const MAX_TOKENIZER_BYTES = 256 << 20;
 
+/** What `loadTokenizer` gives; one of your own may stand in. */
 export interface Tokenizer {
   /** Ids of a text. `addSpecialTokens`: as the tokenizer's post-processor says, e.g. a BOS. */
   encode(text: string, options?: { addSpecialTokens?: boolean }): Int32Array;
+  /** Text of ids. */
   decode(ids: ArrayLike<number>, options?: { skipSpecialTokens?: boolean }): string;
   readonly bosToken: string | null;
   readonly eosToken: string | null;

@@ -137,6 +137,7 @@ export class CausalLM implements Disposable {
   dispose(): void {
     this.scope.dispose();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

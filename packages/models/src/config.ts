@@ -14,6 +14,7 @@ export const architectures = [
   'Qwen3ForCausalLM',
   'Qwen3MoeForCausalLM',
 ] as const;
+/** Architectures that can be loaded, as config.json names them. */
 export type Architecture = (typeof architectures)[number];
 
 /** What differs from layer to layer. */
@@ -23,6 +24,7 @@ export interface LayerConfig {
   readonly mlp: 'dense' | 'moe';
 }
 
+/** A mixture of experts. */
 export interface MoeConfig {
   /** `gpt_oss`: clamped SwiGLU with biases and softmax over the chosen experts; `qwen3`: SwiGLU, softmax over all experts. */
   readonly kind: 'gpt_oss' | 'qwen3';
@@ -71,6 +73,7 @@ export interface ModelConfig {
   readonly raw: Readonly<Record<string, unknown>>;
 }
 
+/** What overrides config.json. */
 export interface ParseConfigOptions {
   /** Replaces the RoPE scaling of config.json, in its `rope_scaling` spelling, e.g. `{ rope_type: 'yarn', factor: 8 }`; kept as it is by default. */
   ropeScaling?: Readonly<Record<string, unknown>>;

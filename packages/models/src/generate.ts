@@ -3,6 +3,7 @@ import { copy, type Device, empty, fromTypedArray, LcError, LcTypeError, type Sp
 import type { CausalLM } from './causal-lm.js';
 import { checkSampleOptions, type SampleOptions, sampleToken } from './sample.js';
 
+/** How to choose tokens, and when to stop. */
 export interface GenerateOptions extends SampleOptions {
   /** Default 64. */
   maxNewTokens?: number;

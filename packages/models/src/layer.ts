@@ -34,6 +34,7 @@ export interface AttentionParts {
   readonly sinks: Tensor | null;
 }
 
+/** Dimensions and parts of a layer. The layer owns none of the tensors. */
 export interface DecoderLayerOptions {
   readonly hiddenSize: number;
   readonly numAttentionHeads: number;
@@ -75,6 +76,7 @@ export class DecoderLayer implements Layer {
     this.mlpBlock = options.mlp;
   }
 
+  /** Norm, linears and sinks of the attention half. */
   get attention(): AttentionParts {
     return this.options.attention;
   }
@@ -82,10 +84,12 @@ export class DecoderLayer implements Layer {
   get mlp(): Block {
     return this.mlpBlock;
   }
+  /** A block that takes the place of the one that was there. */
   set mlp(block: Block) {
     this.mlpBlock = block;
   }
 
+  /** What is trained in this layer. */
   get parameters(): readonly Parameter[] {
     return [...this.linears().flatMap((linear) => linear.parameters), ...this.mlpBlock.parameters];
   }
@@ -112,6 +116,7 @@ export class DecoderLayer implements Layer {
     return state;
   }
 
+  /** Lets go of dequantized weights; K and V go with the workspace. */
   close(_state: LayerState): void {
     for (const linear of this.linears()) linear.close();
     this.mlpBlock.close();

@@ -10,6 +10,7 @@ import { type ExpertModule, type LinearModule, linearModule } from './modules.js
 import { checkTensors, type ExpertLayout } from './tensors.js';
 import { WeightLoader } from './weights.js';
 
+/** How weights are held, and where. */
 export interface LoadOptions {
   /** Quantize the linears of attention and MLP, and bf16 experts, to NF4 with double quantization. MXFP4 checkpoints keep their own blocks. Default false. */
   loadIn4bit?: boolean;

@@ -5,6 +5,7 @@ export interface LinearModule {
   /** e.g. `model.layers.0.self_attn.q_proj` */
   readonly name: string;
   readonly linear: Linear;
+  /** Puts another linear into the place of this one, e.g. a LoRA over it; disposes nothing. */
   replace(linear: Linear): void;
 }
 
@@ -15,6 +16,7 @@ export interface ExpertModule {
   /** e.g. `model.layers.0.mlp.experts` */
   readonly module: string;
   readonly experts: ExpertLinear;
+  /** Puts another linear into the place of this one, e.g. a LoRA over it; disposes nothing. */
   replace(experts: ExpertLinear): void;
 }
 

@@ -26,6 +26,7 @@ const gptOss = (layers: number, experts: number): Record<string, unknown> => ({
   quantization_config: { quant_method: 'mxfp4' },
 });
 
+/** config.json by the name of a model. */
 export const presets: Readonly<Record<string, Record<string, unknown>>> = {
   'gpt-oss-20b': gptOss(24, 32),
   'gpt-oss-120b': gptOss(36, 128),

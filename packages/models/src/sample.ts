@@ -1,5 +1,6 @@
 import { LcTypeError } from '@lc/tensor';
 
+/** How `sampleToken` chooses. */
 export interface SampleOptions {
   /** 0 (default): the most likely token. */
   temperature?: number;

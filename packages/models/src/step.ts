@@ -9,10 +9,11 @@ export interface TokenSequence {
   readonly inputIds: Int32Array;
   /** [tokens], not shifted, -100 where a token is not learnt; position i is scored against the label of i + 1 of the same document. */
   readonly labels: Int32Array;
-  /** [tokens]: index of the first token of each token's document. Default: one document. */
+  /** `[tokens]`, index of the first token of each token's document. Default: one document. */
   readonly docStart?: Int32Array | null;
 }
 
+/** Model, lengths and memory of a session. Everything is allocated when it is made. */
 export interface TrainingSessionOptions {
   readonly model: CausalLM;
   /** Longest sequence. */
@@ -40,6 +41,7 @@ export interface TrainingSessionOptions {
   readonly verifyRecompute?: boolean;
 }
 
+/** What a step is told beside its sequence. */
 export interface StepOptions extends RunOptions {
   /** What the loss is divided by: the supervised tokens of the whole optimizer step. Default: those of this sequence. */
   readonly numTokens?: number;
@@ -49,12 +51,14 @@ export interface StepOptions extends RunOptions {
   readonly layers?: number;
 }
 
+/** Progress and cancellation of an evaluation. */
 export interface EvaluateOptions extends RunOptions {
   readonly numTokens?: number;
   /** Sees the last layer's output (before the final norm) of every chunk, [length, hidden]. */
   readonly onHidden?: (hidden: Tensor, at: Span) => void;
 }
 
+/** Loss of one sequence. */
 export interface SequenceLoss {
   /** Sum over the supervised tokens / numTokens. */
   readonly loss: number;
@@ -173,9 +177,11 @@ export class TrainingSession implements Disposable {
     return { loss: this.lossSum ? readLossSum(this.lossSum) / numTokens : loss, supervised };
   }
 
+  /** Gives store, labels and documents back; model and workspace stay their owner's. */
   dispose(): void {
     this.scope.dispose();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

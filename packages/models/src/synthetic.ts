@@ -96,6 +96,7 @@ class RandomWeights implements SafetensorsReader {
   }
 }
 
+/** As `loadModel`, and how much of the preset. */
 export interface SyntheticOptions extends LoadOptions {
   /** Fewer layers than the model has. */
   layers?: number;

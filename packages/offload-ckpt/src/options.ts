@@ -5,10 +5,12 @@ import type { ActivationStore, StoreOptions } from './store.js';
 export type WriteInput = (out: Tensor, at: Span) => void;
 /** Reads the last layer's output and writes its gradient, both [length, width] and apart; `hidden` is valid during the call. */
 export type LossCallback = (hidden: Tensor, dHidden: Tensor, at: Span) => void;
+/** Reads the last layer's output [length, width], valid during the call. */
 export type HiddenCallback = (hidden: Tensor, at: Span) => void;
 /** Reads the gradient of the first layer's input; spans come right to left. */
 export type InputGradientCallback = (dx: Tensor, at: Span) => void;
 
+/** What changes from sequence to sequence. */
 export interface SequenceOptions {
   /** Default: as many as the schedule was made for. */
   tokens?: number;
@@ -20,11 +22,13 @@ export interface SequenceOptions {
   layers?: number | undefined;
 }
 
+/** How much of what layers offer is kept, and where. */
 export interface KeepOptions {
   layers?: number;
   deviceBytes?: number;
 }
 
+/** Layers, lengths and memory of a schedule. Everything is allocated when it is made. */
 export interface LayerScheduleOptions {
   layers: readonly Layer[];
   /** Longest sequence. */

@@ -1,8 +1,10 @@
 /** Arithmetic of chunks, segments and tiers. Nothing here touches memory, so a planner can ask "what would it take?" first. */
 import { type DType, dtypeBytes, LcError, LcTypeError, type Span, type Tensor } from '@lc/tensor';
 
+/** Memory of the workspace's device, or of the host: pinned where CUDA is. */
 export type Tier = 'device' | 'host';
 
+/** What a store is for, and what it may take. */
 export interface StoreShape {
   /** Number of layers. */
   layers: number;
@@ -28,6 +30,7 @@ export interface StoreShape {
   stagingSlots?: number;
 }
 
+/** Where every checkpoint lies, and how many bytes each kind takes. */
 export interface StorePlan {
   segments: number;
   chunks: number;

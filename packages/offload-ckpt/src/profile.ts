@@ -5,6 +5,7 @@ import type { OpKind } from './sweeps.js';
 /** 'open': preparing a layer (dequantization, zeroing dK and dV); else the kind of layer call. */
 export type ProfilePhase = OpKind | 'open';
 
+/** Time of one phase, by events on the compute stream. */
 export interface PhaseTime {
   /** Milliseconds of device time, waits included. */
   ms: number;
@@ -12,6 +13,7 @@ export interface PhaseTime {
   waitMs: number;
 }
 
+/** Times by phase; phases that did not run are absent. */
 export type ScheduleProfile = Partial<Record<ProfilePhase, PhaseTime>>;
 
 /** Makes events that keep the time. */

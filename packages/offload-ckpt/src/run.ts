@@ -17,7 +17,9 @@ export interface Progress {
   total: number;
 }
 
+/** Progress and cancellation of a pass. */
 export interface RunOptions {
+  /** Told after every chunk; must not throw. */
   onProgress?: ((progress: Progress) => void) | undefined;
   /** Looked at after every chunk. */
   signal?: AbortSignal | undefined;

@@ -123,6 +123,7 @@ export class LayerSchedule implements Disposable {
   forward(writeInput: WriteInput, options?: RunOptions): void {
     drain(this.forwardSteps(writeInput), options);
   }
+  /** `forward` that returns to the event loop after every chunk. @throws ERR_LC_ABORTED */
   forwardAsync(writeInput: WriteInput, options?: RunOptions): Promise<void> {
     return this.pacer.run(this.forwardSteps(writeInput), options);
   }
@@ -131,6 +132,7 @@ export class LayerSchedule implements Disposable {
   loss(callback: LossCallback, options?: RunOptions): void {
     drain(this.lossSteps(callback), options);
   }
+  /** `loss` that returns to the event loop after every chunk. @throws ERR_LC_ABORTED */
   lossAsync(callback: LossCallback, options?: RunOptions): Promise<void> {
     return this.pacer.run(this.lossSteps(callback), options);
   }
@@ -139,6 +141,7 @@ export class LayerSchedule implements Disposable {
   backward(onInputGradient?: InputGradientCallback, options?: RunOptions): void {
     drain(this.backwardSteps(onInputGradient), options);
   }
+  /** `backward` that returns to the event loop after every chunk. @throws ERR_LC_ABORTED */
   backwardAsync(onInputGradient?: InputGradientCallback, options?: RunOptions): Promise<void> {
     return this.pacer.run(this.backwardSteps(onInputGradient), options);
   }
@@ -147,6 +150,7 @@ export class LayerSchedule implements Disposable {
   forwardOnly(writeInput: WriteInput, onHidden: HiddenCallback, options?: RunOptions): void {
     drain(this.forwardOnlySteps(writeInput, onHidden), options);
   }
+  /** `forwardOnly` that returns to the event loop after every chunk. @throws ERR_LC_ABORTED */
   forwardOnlyAsync(writeInput: WriteInput, onHidden: HiddenCallback, options?: RunOptions): Promise<void> {
     return this.pacer.run(this.forwardOnlySteps(writeInput, onHidden), options);
   }
@@ -170,6 +174,7 @@ export class LayerSchedule implements Disposable {
     this.pacer?.dispose();
     if (this.ownsStore) this.store?.dispose();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

@@ -4,6 +4,7 @@ import type { Profiler } from './profile.js';
 import { Slot, StoredChunk } from './slots.js';
 import { type EventLike, type StreamFactory, type StreamLike, tensorStreams } from './streams.js';
 
+/** A shape, the device, and streams to use. */
 export interface StoreOptions extends StoreShape {
   /** Under which the allocator counts what is stored. Default 'checkpoints'. */
   label?: string;
@@ -183,6 +184,7 @@ export class ActivationStore implements Disposable {
     await this.compute.sync();
   }
 
+  /** Gives all memory back. `await sync()` first where copies may be in flight. */
   dispose(): void {
     if (this.closed) return;
     this.closed = true;
@@ -195,6 +197,7 @@ export class ActivationStore implements Disposable {
     }
     this.owner.dispose();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

@@ -3,6 +3,7 @@ import type { Pass } from '@lc/tensor';
 import type { StoredChunk } from './slots.js';
 import type { ActivationStore } from './store.js';
 
+/** What is done to one chunk of one layer. */
 export type OpKind = 'input' | 'forward' | 'loss' | 'hidden' | 'verify' | 'recompute' | 'fill' | 'backward';
 
 export interface Op {

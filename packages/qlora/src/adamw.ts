@@ -1,6 +1,7 @@
 import { fill, LcError, LcTypeError, type Parameter, Scope, type Tensor, upload, zeros } from '@lc/tensor';
 import { native } from './native.js';
 
+/** Hyperparameters, in torch.optim.AdamW's meaning, and the width of the states. */
 export interface AdamWOptions {
   /** Default 1e-3. Change it between steps through `optimizer.lr`. */
   lr?: number;
@@ -24,6 +25,7 @@ export interface OptimizerState {
   tensors: Record<string, Tensor>;
 }
 
+/** What a step did. */
 export interface StepResult {
   /** Norm of all gradients together, before clipping. NaN or infinite: nothing was updated. */
   gradNorm: number;
@@ -148,10 +150,12 @@ export class AdamW implements Disposable {
     return { gradNorm, applied: true };
   }
 
+  /** Sets all gradients to 0. */
   zeroGrad(): void {
     for (const { grad } of this.parameters) fill(grad, 0);
   }
 
+  /** Step and moments. The tensors are the optimizer's own: copy or write them before the next step. */
   state(): OptimizerState {
     const tensors: Record<string, Tensor> = {};
     for (const { parameter, m, v, mScale, vScale } of this.slots) {
@@ -193,9 +197,11 @@ export class AdamW implements Disposable {
     this.steps = saved.step;
   }
 
+  /** Gives the moments back; parameters stay their owner's. */
   dispose(): void {
     this.scope.dispose();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

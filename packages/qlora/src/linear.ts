@@ -51,6 +51,7 @@ export class QuantizedLinear implements Linear {
   open(_pass: Pass, ws: Workspace): void {
     this.opened = prepared(this.weight, null, ws);
   }
+  /** Forgets the dequantized weight; its memory goes with the workspace. */
   close(): void {
     this.opened = null;
   }
@@ -93,6 +94,7 @@ export class QuantizedExpertLinear implements ExpertLinear {
   open(_pass: Pass, ws: Workspace): void {
     this.opened = prepared(this.weight, null, ws);
   }
+  /** Forgets the dequantized weight; its memory goes with the workspace. */
   close(): void {
     this.opened = null;
   }

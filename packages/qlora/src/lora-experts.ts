@@ -71,6 +71,7 @@ export class LoraExpertLinear implements ExpertLinear, Disposable {
     this.base.open(pass, ws);
     this.opened = this.regrouped(ws);
   }
+  /** Forgets the dequantized weight; its memory goes with the workspace. */
   close(): void {
     this.base.close();
     this.opened = null;
@@ -119,9 +120,11 @@ export class LoraExpertLinear implements ExpertLinear, Disposable {
     }
   }
 
+  /** Gives A, B and their gradients back; the base stays its owner's. */
   dispose(): void {
     this.scope.dispose();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

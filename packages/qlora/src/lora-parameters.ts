@@ -22,6 +22,7 @@ export interface LoraOptions {
   name: string;
 }
 
+/** What the update is multiplied by: loraAlpha / r (Hu et al., 2021), with rsLoRA loraAlpha / sqrt(r) (Kalajdzievski, 2023). */
 export function loraScale(options: Pick<LoraOptions, 'r' | 'loraAlpha' | 'useRslora'>): number {
   const { r, loraAlpha = r, useRslora = false } = options;
   return loraAlpha / (useRslora ? Math.sqrt(r) : r);

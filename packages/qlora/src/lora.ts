@@ -42,6 +42,7 @@ export class LoraLinear implements Linear, Disposable {
   open(pass: Pass, ws: Workspace): void {
     this.base.open(pass, ws);
   }
+  /** Forgets the dequantized weight; its memory goes with the workspace. */
   close(): void {
     this.base.close();
   }
@@ -81,9 +82,11 @@ export class LoraLinear implements Linear, Disposable {
     gemm({ a: this.b.value, b: this.a.value, c: weight, alpha: this.scale, beta: 1 });
   }
 
+  /** Gives A, B and their gradients back; the base stays its owner's. */
   dispose(): void {
     this.scope.dispose();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

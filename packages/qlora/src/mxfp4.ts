@@ -64,10 +64,12 @@ export class Mxfp4Weight implements WeightStorage {
     checkOut('Mxfp4Weight.dequantize', this.shape, out);
     native().mxfp4Dequantize({ blocks: this.blocks, scales: this.scales, out });
   }
+  /** Gives the tensors back. */
   dispose(): void {
     this.blocks.dispose();
     this.scales.dispose();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

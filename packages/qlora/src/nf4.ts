@@ -18,6 +18,7 @@ export interface Nf4Parts {
   absmaxOffset: Tensor | null;
 }
 
+/** Blocks and scales of a quantization. */
 export interface Nf4Options {
   /** Elements that share a scale; a power of two from 32 to 4096. Default 64. */
   blockSize?: number;
@@ -139,9 +140,11 @@ export class Nf4Weight implements WeightStorage {
     }
   }
 
+  /** Gives the tensors back. */
   dispose(): void {
     this.scope.dispose();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

@@ -122,6 +122,7 @@ export function dropoutFactor(p: number, seed: number, site: number, token: numb
   return at(words, feature & 3) >= Math.floor(p * 2 ** 32) ? 1 / (1 - p) : 0;
 }
 
+/** A linear with LoRA, and its shapes. */
 export interface LoraProblem {
   tokens: number;
   inFeatures: number;
@@ -215,6 +216,7 @@ export function expertDelta(
   return delta;
 }
 
+/** One parameter and its two moments. */
 export interface AdamState {
   value: Float64Array;
   m: Float64Array;

@@ -10,6 +10,7 @@ export interface WeightStorage extends Disposable {
   plain(dtype: DType): Tensor | null;
   /** Writes the values to `out` (f32 or bf16, contiguous, of this shape). */
   dequantize(out: Tensor): void;
+  /** Gives the tensors back. */
   dispose(): void;
 }
 
@@ -49,9 +50,11 @@ export class DenseWeight implements WeightStorage {
     checkOut('DenseWeight.dequantize', this.shape, out);
     copy(out, this.data);
   }
+  /** Gives the tensors back. */
   dispose(): void {
     this.data.dispose();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

@@ -29,6 +29,7 @@ export interface Parameter {
   readonly grad: Tensor;
 }
 
+/** What a layer is opened for: 'backward' also takes memory for gradients of K and V. */
 export type Pass = 'forward' | 'backward';
 
 /** A differentiable step over tokens, each token on its own; norm and residual are included where the model has them. */
@@ -67,6 +68,7 @@ export interface Layer {
   keepBytes?(dtype: DType): number;
   /** Takes K, V (and zeroed dK, dV when `pass` is 'backward') for `tokens` tokens, and prepared weights, from `ws`. */
   open(tokens: number, pass: Pass, ws: Workspace): LayerState;
+  /** Lets go of what `open` prepared; its memory is given back by whoever resets the workspace. */
   close(state: LayerState): void;
   /** Spans come left to right; K and V of this span are stored in `state`. With `kept`: fills it, or makes use of it. */
   forward(x: Tensor, out: Tensor, at: Span, state: LayerState, ws: Workspace, kept?: Kept | null): void;
@@ -83,6 +85,7 @@ export interface Linear {
   readonly parameters: readonly Parameter[];
   /** As `Block.open`: e.g. dequantizes the weight into `ws`. */
   open(pass: Pass, ws: Workspace): void;
+  /** Lets go of what `open` prepared; its memory is given back by whoever resets the workspace. */
   close(): void;
   /** x [tokens, in] (rows may be strided), out [tokens, out] (rows may be strided; overwritten). */
   forward(x: Tensor, out: Tensor, at: Span, ws: Workspace): void;
@@ -102,6 +105,7 @@ export interface ExpertLinear {
   readonly plain: Tensor | null;
   /** As `Linear.open`: takes [experts, out, in] from `ws` and materializes, where `plain` is null. */
   open(pass: Pass, ws: Workspace): void;
+  /** Lets go of what `open` prepared; its memory is given back by whoever resets the workspace. */
   close(): void;
   /** x [rows, in], offsets i32 [experts + 1] on the device, out [rows, out]. */
   forward(x: Tensor, out: Tensor, offsets: Tensor, ws: Workspace): void;

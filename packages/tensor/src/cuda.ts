@@ -103,6 +103,7 @@ export class Stream implements Disposable {
     this.closed = true;
     this.destroy();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }
@@ -183,6 +184,7 @@ export class Event implements Disposable {
     this.closed = true;
     this.destroy();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

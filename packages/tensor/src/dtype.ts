@@ -1,6 +1,8 @@
 import { LcTypeError } from './errors.js';
 
+/** Element types. bf16 and f16 are bits in a Uint16Array on the JavaScript side, i64 a BigInt64Array. */
 export type DType = 'f32' | 'bf16' | 'f16' | 'i32' | 'i64' | 'u8';
+/** Arrays that tensors are made over and read into: of f32, bf16 or f16 bits, i32, i64, u8. */
 export type TypedArray = Float32Array | Uint16Array | Int32Array | BigInt64Array | Uint8Array;
 /** `host` is pinned memory where CUDA is, plain memory otherwise; it is counted apart from `cpu`. */
 export type Device = 'cpu' | 'host' | `cuda:${number}`;

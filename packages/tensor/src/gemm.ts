@@ -3,6 +3,10 @@ import { LcTypeError } from './errors.js';
 import { core } from './native.js';
 import type { Tensor } from './tensor.js';
 
+/**
+ * Arguments of `gemm`: c = alpha op(a) op(b) + beta c; one device. Rows may be strided. On the CPU all f32, on a GPU f32 or bf16 with f32
+ * accumulation.
+ */
 export interface GemmArgs {
   /** [m, k], or [k, m] with transA. */
   a: Tensor;
@@ -22,6 +26,7 @@ export interface GemmArgs {
   stream?: Stream | null;
 }
 
+/** Arguments of `groupedGemm`: one product per expert over rows that are sorted by expert. */
 export interface GroupedGemmArgs {
   /** [rows, k], rows sorted by expert. */
   a: Tensor;

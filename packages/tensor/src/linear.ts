@@ -27,6 +27,7 @@ export class PlainLinear implements Linear {
   }
 
   open(_pass: Pass, _ws: Workspace): void {}
+  /** Nothing to let go of. */
   close(): void {}
 
   forward(x: Tensor, out: Tensor, _at: Span, _ws: Workspace): void {
@@ -60,6 +61,7 @@ export class PlainExpertLinear implements ExpertLinear {
     throw new LcTypeError('ERR_LC_ARGUMENT', 'PlainExpertLinear.materialize: the weights are plain already; read `plain`');
   }
   open(_pass: Pass, _ws: Workspace): void {}
+  /** Nothing to let go of. */
   close(): void {}
 
   forward(x: Tensor, out: Tensor, offsets: Tensor, _ws: Workspace): void {

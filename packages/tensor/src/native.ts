@@ -10,6 +10,7 @@ import { throwsTyped } from './typed-addon.js';
 /** Opaque native handle of an allocation (a type-tagged `napi_external`). */
 export type Handle = { readonly __lcHandle: unique symbol };
 
+/** What an allocator has handed out. Borrowed memory is not counted. */
 export interface CounterSnapshot {
   liveBytes: number;
   peakBytes: number;
@@ -17,9 +18,11 @@ export interface CounterSnapshot {
   /** Allocations ever made. */
   allocations: number;
 }
+/** What the allocator of one device has handed out, in all and by the label that allocations were given. */
 export interface DeviceMemory extends CounterSnapshot {
   byLabel: Record<string, CounterSnapshot>;
 }
+/** Memory of one device, in bytes. */
 export interface MemInfo {
   /**
    * Bytes free on the device now; for the CPU: RAM available to this process, cgroup limits included. Within `setVramLimit` or `setRamLimit`, where one is set.

@@ -11,6 +11,7 @@ interface OnStream {
   /** CUDA only; default: the device's default stream. */
   stream?: Stream | null;
 }
+/** Arguments of `rmsNorm`; x and out [n, width], weight [width]. */
 export interface RmsNormArgs extends OnStream {
   /** [rows, width], or [rows, heads, headDim]: the last dimension is normalised. */
   x: Tensor;
@@ -20,6 +21,7 @@ export interface RmsNormArgs extends OnStream {
   out: Tensor;
   eps: number;
 }
+/** Arguments of `rmsNormBackward`; x, dout and dx [n, width], weight [width]. */
 export interface RmsNormBackwardArgs extends OnStream {
   x: Tensor;
   weight: Tensor;
@@ -32,18 +34,21 @@ export interface RmsNormBackwardArgs extends OnStream {
   /** f32 [width]; added to. */
   dWeight?: Tensor | null;
 }
+/** Arguments of `add`: out = a + b, all of one shape. */
 export interface AddArgs extends OnStream {
   a: Tensor;
   b: Tensor;
   /** May be a or b. */
   out: Tensor;
 }
+/** Arguments of `addBias`: x [n, width] += bias [width]. */
 export interface AddBiasArgs extends OnStream {
   /** [rows, width]; changed in place. */
   x: Tensor;
   /** [width]. */
   bias: Tensor;
 }
+/** Arguments of `sumRows`: the sum of the rows of x [n, width], as a bias's gradient needs it. */
 export interface SumRowsArgs extends OnStream {
   /** [rows, width]. */
   x: Tensor;
@@ -52,24 +57,28 @@ export interface SumRowsArgs extends OnStream {
   /** out += instead of out =. */
   accumulate?: boolean;
 }
+/** Arguments of `scale`: x *= alpha. */
 export interface ScaleArgs extends OnStream {
   x: Tensor;
   factor: number;
 }
+/** Arguments of `axpy`: y += alpha x, both of one shape. */
 export interface AxpyArgs extends OnStream {
   x: Tensor;
   y: Tensor;
   /** Default 1. */
   alpha?: number;
 }
+/** Arguments of `embeddingGather`: out[i] = table[ids[i]]. */
 export interface EmbeddingGatherArgs extends OnStream {
-  /** [vocab, width]: f32, bf16 or f16. */
+  /** `[vocab, width]`, f32, bf16 or f16. */
   table: Tensor;
   /** i32 [n]. */
   ids: Tensor;
   /** [n, width]. */
   out: Tensor;
 }
+/** Arguments of `embeddingScatterAdd`: dTable[ids[i]] += dout[i]. */
 export interface EmbeddingScatterAddArgs extends OnStream {
   /** [n, width]. */
   dout: Tensor;

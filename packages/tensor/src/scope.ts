@@ -33,6 +33,7 @@ export class Scope implements Disposable {
     }
     if (failed) throw error;
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

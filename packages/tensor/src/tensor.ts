@@ -64,6 +64,7 @@ const packedStrides = (shape: readonly number[]): number[] => {
   return strides;
 };
 
+/** What a new tensor is made of, and where. */
 export interface EmptyOptions {
   /** Default 'f32'. */
   dtype?: DType;
@@ -94,19 +95,24 @@ export class Tensor implements Disposable {
     private readonly isView: boolean,
   ) {}
 
+  /** What native code takes: a tagged external over the allocation. @throws ERR_LC_DISPOSED */
   get handle(): Handle {
     return this.storage.handle;
   }
+  /** For native code: byte offset, dtype code, rank, shape, strides (in elements). */
   get meta(): Float64Array {
     this.metaCache ??= Float64Array.of(this.byteOffset, dtypeCode[this.dtype], this.shape.length, ...this.shape, ...this.strides);
     return this.metaCache;
   }
+  /** Where the memory lies. */
   get device(): Device {
     return this.storage.device;
   }
+  /** What the allocation is counted under. */
   get label(): string {
     return this.storage.label;
   }
+  /** Whether the memory was given back, here or through another view of it. */
   get disposed(): boolean {
     return this.storage.disposed;
   }
@@ -118,6 +124,7 @@ export class Tensor implements Disposable {
   get nbytes(): number {
     return this.numel * dtypeBytes[this.dtype];
   }
+  /** Whether elements lie row-major without gaps. */
   get isContiguous(): boolean {
     const packed = packedStrides(this.shape);
     return this.shape.every((size, i) => size <= 1 || this.strides[i] === packed[i]) || this.numel === 0;
@@ -230,6 +237,7 @@ export class Tensor implements Disposable {
     s.loan = null;
     core().dispose(s.handle);
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }
@@ -310,6 +318,7 @@ export function fromTypedArray(array: TypedArray, shape: readonly number[], opti
   return t;
 }
 
+/** Memory of other native code, as a tensor: `fromPointer`. */
 export interface PointerOptions {
   /** Address of the first element; the memory must stay valid until `release`. */
   ptr: bigint;

@@ -15,6 +15,7 @@ export interface Mark {
   readonly used: number;
 }
 
+/** Where a workspace lies, how large it is and whether it may grow. */
 export interface WorkspaceOptions {
   /** Default 'cpu'. */
   device?: DeviceLike;
@@ -65,6 +66,7 @@ export class Workspace implements Disposable {
   get stream(): Stream {
     return this.givenStream ?? defaultStream(this.device);
   }
+  /** Bytes in use now. */
   get usedBytes(): number {
     return this.used;
   }
@@ -72,6 +74,7 @@ export class Workspace implements Disposable {
   get peakBytes(): number {
     return this.peak;
   }
+  /** Bytes that are held, in use or not. */
   get capacity(): number {
     return this.slabs.reduce((sum, slab) => sum + slab.nbytes, 0);
   }
@@ -117,6 +120,7 @@ export class Workspace implements Disposable {
     return t;
   }
 
+  /** A position to come back to with `reset`. */
   mark(): Mark {
     return { slab: this.slab, offset: this.offset, used: this.used };
   }
@@ -143,10 +147,12 @@ export class Workspace implements Disposable {
     }
   }
 
+  /** Gives the memory back. Tensors of it can no longer be used. */
   dispose(): void {
     this.closed = true;
     this.free();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

@@ -70,6 +70,7 @@ function linearBackward(
   return dx;
 }
 
+/** RMSNorm: weight [hidden]. */
 export interface Norm {
   weight: Numbers;
   eps: number;
@@ -105,6 +106,7 @@ function rmsNormBackward(x: Numbers, dh: Numbers, norm: Norm | null, n: number, 
 }
 const plus = (a: Numbers, b: Numbers | null): Float64Array => Float64Array.from(a, (v, i) => v + (b ? at(b, i) : 0));
 
+/** A dense MLP, its input and its weights. */
 export interface DenseArgs {
   tokens: number;
   hidden: number;
@@ -131,9 +133,11 @@ function denseInner(p: DenseArgs) {
 
 /** Dense gated MLP. */
 export const dense = {
+  /** The output, [tokens, hidden]. */
   forward(p: DenseArgs): Float64Array {
     return plus(linear(denseInner(p).act, p.down, p.tokens, p.intermediate, p.hidden), p.residual ? p.x : null);
   },
+  /** Gradients of input and weights for dout [tokens, hidden]. */
   backward(p: DenseArgs, dout: Numbers) {
     const { h, gate, up, act } = denseInner(p);
     const [dGate, dUp, dDown] = [new Float64Array(p.gate.length), new Float64Array(p.up.length), new Float64Array(p.down.length)];
@@ -148,6 +152,7 @@ export const dense = {
   },
 };
 
+/** A mixture of experts, its input and its weights. */
 export interface MoeArgs {
   kind: 'gpt-oss' | 'qwen3-moe';
   tokens: number;
@@ -228,6 +233,7 @@ const expertOut = (p: MoeArgs, act: Numbers, e: number): Float64Array =>
 
 /** Mixture of experts. The routing weights' gradient is taken from the recomputed output of the down projection, unlike in the op. */
 export const moe = {
+  /** The output, [tokens, hidden]. */
   forward(p: MoeArgs): Float64Array {
     const h = rmsNorm(p.x, p.norm ?? null, p.tokens, p.hidden);
     const out = p.residual ? Float64Array.from(p.x) : new Float64Array(p.tokens * p.hidden);
@@ -240,6 +246,7 @@ export const moe = {
     }
     return out;
   },
+  /** Gradients of input and weights for dout [tokens, hidden]. */
   backward(p: MoeArgs, dout: Numbers) {
     const h = rmsNorm(p.x, p.norm ?? null, p.tokens, p.hidden);
     const dh = new Float64Array(h.length);

@@ -14,6 +14,7 @@ import {
 } from '@lc/tensor';
 import { DEFAULT_TILE, requireActivations, requireCount, requireFinite, requireShape, sameMemory, tilesOf } from './plan.js';
 
+/** What both MLPs take. */
 export interface TiledBlockOptions {
   /** Tokens per tile. Default 1024. */
   tile?: number | undefined;
@@ -50,6 +51,7 @@ export abstract class TiledBlock implements Block {
   get tile(): number {
     return this.tileTokens;
   }
+  /** Takes effect with the next call. @throws ERR_LC_ARGUMENT */
   set tile(tokens: number) {
     requireCount(this.op, 'tile', tokens);
     this.tileTokens = tokens;
@@ -60,6 +62,7 @@ export abstract class TiledBlock implements Block {
   /** h, dout -> dh, one tile. Reads dout only before it writes dh: the two may be the same memory. */
   protected abstract tileBackward(h: Tensor, dout: Tensor, dh: Tensor, at: Span, ws: Workspace): void;
 
+  /** Those of the linears. */
   get parameters(): readonly Parameter[] {
     return this.linears.flatMap((linear) => linear.parameters);
   }

@@ -6,6 +6,7 @@ import { TiledBlock, type TiledBlockOptions } from './tiled-block.js';
 /** As Hugging Face's `hidden_act`: silu (SwiGLU), gelu (exact, by erf), gelu_pytorch_tanh. */
 export type HiddenAct = 'silu' | 'gelu' | 'gelu_pytorch_tanh';
 
+/** Linears and activation of a dense MLP. It owns none of them. */
 export interface TiledMLPOptions extends TiledBlockOptions {
   /** hidden -> intermediate. */
   gateProj: Linear;

@@ -3,6 +3,7 @@ import { activationCode, type GluArgs, native } from './native.js';
 import { requireCount, requireFeatures, requireFinite, requireShape } from './plan.js';
 import { TiledBlock, type TiledBlockOptions } from './tiled-block.js';
 
+/** Router, experts and kind of a mixture. It owns none of them. */
 export interface TiledMoEOptions extends TiledBlockOptions {
   /**
    * 'gpt-oss': top-k of the logits, then softmax over the k; gate and up interleaved, clamped to `limit`; out = (up + 1) * gate * sigmoid(alpha * gate).

@@ -60,6 +60,7 @@ const schema = z.strictObject({
 
 /** Options of `SFTTrainer`, in transformers' names (TrainingArguments, TRL's SFTConfig). */
 export type SFTConfig = z.input<typeof schema>;
+/** `SFTConfig` with every default filled in. */
 export type ResolvedSFTConfig = z.output<typeof schema>;
 
 /** Fills in defaults. @throws ERR_LC_CONFIG naming every option that is unknown or out of range. */

@@ -11,6 +11,7 @@ export interface Budgets {
   ram: number;
 }
 
+/** Bytes that may be taken; null: no limit, undefined: as it is. */
 export interface Limits {
   vramLimit?: number | null | undefined;
   ramLimit?: number | null | undefined;

@@ -13,6 +13,7 @@ export interface PlanEvent {
   /** Why the plan was made again; absent for a run's first. */
   reason?: string;
 }
+/** A chunk was done. */
 export interface ProgressEvent {
   /** Inside a step: how far it is, 0..1. */
   type: 'progress';
@@ -20,6 +21,7 @@ export interface ProgressEvent {
   phase: 'forward' | 'loss' | 'backward';
   fraction: number;
 }
+/** An optimizer step was done. */
 export interface StepEvent {
   type: 'step';
   /** 1-based. */
@@ -40,25 +42,30 @@ export interface StepEvent {
   hostBytes: number;
   etaSeconds: number;
 }
+/** A loss on held-out data. */
 export interface EvalEvent {
   type: 'eval';
   step: number;
   loss: number;
   supervisedTokens: number;
 }
+/** A checkpoint or an adapter was written. */
 export interface SaveEvent {
   type: 'save';
   step: number;
   path: string;
 }
+/** Something that a person should know; the run goes on. */
 export interface WarningEvent {
   type: 'warning';
   message: string;
 }
+/** A run is over: all steps done, or stopped. */
 export interface EndEvent {
   type: 'end';
   reason: 'finished' | 'aborted';
   step: number;
   adapter: string;
 }
+/** What `onEvent` is told; `type` says which. */
 export type TrainerEvent = PlanEvent | ProgressEvent | StepEvent | EvalEvent | SaveEvent | WarningEvent | EndEvent;

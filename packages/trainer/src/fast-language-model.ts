@@ -16,6 +16,7 @@ import { type Device, type DeviceLike, LcError, type Parameter } from '@lc/tenso
 import type { ModelShape } from '@lc/vram-probe';
 import { shapeOf } from './model-shape.js';
 
+/** How a model is loaded. */
 export interface FromPretrainedOptions {
   /** Longest sequence of the run. More than the model's positions is an error unless `ropeScaling` covers it. Default: the model's. */
   maxSeqLength?: number;
@@ -31,6 +32,7 @@ export interface FromPretrainedOptions {
   adapter?: string;
 }
 
+/** The adapter, in PEFT's names. */
 export interface PeftOptions {
   /** Rank. Default 16. */
   r?: number;
@@ -58,9 +60,11 @@ export class LanguageModel implements Disposable {
     readonly tile?: number,
   ) {}
 
+  /** Where its weights lie. */
   get device(): Device {
     return this.inner.device;
   }
+  /** What is trained: the adapter's; none without one. */
   get parameters(): readonly Parameter[] {
     return this.inner.parameters;
   }
@@ -85,14 +89,17 @@ export class LanguageModel implements Disposable {
     return tokenizer.decode(await generate(this.inner, tokenizer.encode(prompt), options));
   }
 
+  /** Gives all of its memory back. */
   dispose(): void {
     this.inner.dispose();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }
 }
 
+/** Unsloth's entry point: a model from a folder, and an adapter on it. */
 export const FastLanguageModel = {
   /**
    * Loads config.json, safetensors and tokenizer of a folder.

@@ -39,6 +39,7 @@ export function checkAdapterGradients(parameters: readonly Parameter[]): void {
   }
 }
 
+/** One kind of module. */
 export interface TrainableRow {
   /** Module kind, e.g. `self_attn.q_proj`. */
   module: string;
@@ -59,6 +60,7 @@ export function trainableTable(parameters: readonly Parameter[]): TrainableRow[]
   return [...rows].map(([module, row]) => ({ module, layers: row.names.size, parameters: row.parameters }));
 }
 
+/** The table as text, a line a module. */
 export function formatTrainableTable(rows: readonly TrainableRow[]): string {
   const width = Math.max(6, ...rows.map((r) => r.module.length));
   const line = (a: string, b: string, c: string): string => `  ${a.padEnd(width)}  ${b.padStart(6)}  ${c.padStart(12)}`;

@@ -8,6 +8,7 @@ import { type ModelShape, type Plan, type PlanOptions, plan } from '@lc/vram-pro
 import { applyLimits, type Budget, BudgetSearch, type Budgets, isOutOfMemory, measureBudgets } from './budgets.js';
 import { isPrepared, loraOf, shapeOf } from './model-shape.js';
 
+/** Model, length, and what may be taken. */
 export interface ReserveOptions {
   /** Loaded, with its adapter: what it holds is not planned again. */
   model: CausalLM;
@@ -50,18 +51,21 @@ export interface ReserveOptions {
   budgets?: Budgets | (() => Budgets) | undefined;
 }
 
+/** A plan whose memory was not there. */
 export interface Attempt {
   plan: Plan;
   failed: Budget;
   message: string;
 }
 
+/** The memory of a step, taken. Dispose it at the end. */
 export interface Reservation extends Disposable {
   readonly plan: Plan;
   readonly workspace: Workspace;
   readonly session: TrainingSession;
   /** Plans that did not find the memory they counted on. */
   readonly attempts: readonly Attempt[];
+  /** Gives the memory back. */
   dispose(): void;
 }
 

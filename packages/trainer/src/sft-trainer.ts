@@ -22,17 +22,22 @@ import { completeCheckpoints, pruneCheckpoints, readState, type TrainerState } f
 
 /** Training data: `PackedDataset` of `@lc/data`, or anything with the same methods. */
 export interface TrainDataset {
+  /** The next sequence; epochs follow each other. */
   next(): PackedSequence;
   /** Sequences in an epoch. */
   length(epoch?: number): number;
+  /** Where the iteration stands, as JSON: it goes into checkpoints. */
   state(): unknown;
+  /** Goes on from a state. @throws where the state is not of this data */
   restore(state: unknown): void;
 }
 /** Evaluation data. */
 export interface EvalDataset {
+  /** All sequences of one epoch. */
   epoch(n?: number): Iterable<PackedSequence>;
 }
 
+/** Model, data and arguments of a run. */
 export interface SFTTrainerOptions {
   model: LanguageModel;
   trainDataset: TrainDataset;
@@ -42,6 +47,7 @@ export interface SFTTrainerOptions {
   onEvent?: (event: TrainerEvent) => void;
 }
 
+/** Cancellation and resuming. */
 export interface TrainOptions {
   /** Stops between two chunks; the adapter so far is saved and `train` resolves with reason 'aborted'. */
   signal?: AbortSignal;
@@ -49,6 +55,7 @@ export interface TrainOptions {
   resumeFrom?: string | boolean;
 }
 
+/** What `train` resolves with. */
 export interface TrainOutput {
   reason: 'finished' | 'aborted';
   globalStep: number;
@@ -60,6 +67,10 @@ export interface TrainOutput {
   adapter: string;
 }
 
+/**
+ * Supervised fine-tuning of a model's adapter (TRL's name). Memory is planned and taken before the first step; one run of a seed gives the same bits
+ * as another.
+ */
 export class SFTTrainer implements Disposable {
   readonly args: ResolvedSFTConfig;
   private readonly model: LanguageModel;
@@ -175,6 +186,7 @@ export class SFTTrainer implements Disposable {
     this.engine?.dispose();
     this.engine = undefined;
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

@@ -20,6 +20,7 @@ function heldBy(p: Plan, onGpu: boolean): Budgets {
   return onGpu ? { vram: device, ram: host } : { vram: device + host, ram: device + host };
 }
 
+/** Plan, workspace and session of a loop of steps: kept while they fit, made again when sequence, limits or free memory change. */
 export class StepMemory implements Disposable {
   private held: Reservation;
   /** Free memory beside the reservation, when it was made or last looked at for good. */
@@ -40,12 +41,15 @@ export class StepMemory implements Disposable {
     this.seen = budgetsOf(this.o);
   }
 
+  /** The plan that is in force. */
   get plan(): Plan {
     return this.held.plan;
   }
+  /** What steps run with; another one after a change of plan. */
   get session(): TrainingSession {
     return this.held.session;
   }
+  /** Plans that did not find their memory, of the latest reservation. */
   get attempts(): Reservation['attempts'] {
     return this.held.attempts;
   }
@@ -73,9 +77,11 @@ export class StepMemory implements Disposable {
     return better ? this.again({ ...this.o, ...better }, 'free memory changed') : null;
   }
 
+  /** Gives the memory back. */
   dispose(): void {
     this.held.dispose();
   }
+  /** For `using`: `dispose()`. */
   [Symbol.dispose](): void {
     this.dispose();
   }

@@ -1,5 +1,6 @@
 import { type Device, defaultStream, Event, empty, isPinned, memInfo, Scope, type Tensor } from '@lc/tensor';
 
+/** What copies between host and one device reach. */
 export interface CopyBandwidth {
   device: Device;
   /** Whether the host side was pinned; if not, copies pass through the driver's own buffer and are slower. */

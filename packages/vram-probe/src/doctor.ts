@@ -7,6 +7,7 @@ import { type CopyBandwidth, copyBandwidth } from './bandwidth.js';
 import { type InstalledPackage, installedPackages } from './installed.js';
 import { type Probe, probe } from './probe.js';
 
+/** Something that would not work. */
 export interface Problem {
   /** An error code of @lc/tensor. */
   code: string;
@@ -16,6 +17,7 @@ export interface Problem {
   broken: boolean;
 }
 
+/** Machine and installation, and what would not work. */
 export interface DoctorReport extends Probe {
   schema: 1;
   node: string;

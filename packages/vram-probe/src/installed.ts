@@ -4,6 +4,7 @@ import { createRequire } from 'node:module';
 import { dirname, join } from 'node:path';
 import type { BuildInfo } from '@lc/tensor';
 
+/** One copy of a package on disk. */
 export interface InstalledPackage {
   name: string;
   version: string;
@@ -67,7 +68,7 @@ function rootOf(file: string, name: string): string | null {
 }
 
 /**
- * Every copy of every @lc package, by name, then path.
+ * Every copy of every `@lc` package, by name, then path.
  * @param from files or folders whose node_modules are searched, and those above them
  */
 export function installedPackages(from: readonly string[]): InstalledPackage[] {

@@ -1,6 +1,7 @@
 import { type DeviceInfo, devices, requireDevice } from '@lc/tensor';
 import { cpuCount, nvidiaDriver, type RamInfo, ramInfo } from './ram.js';
 
+/** What the machine has. */
 export interface Probe {
   ram: RamInfo;
   cpus: number;

@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs';
 import { availableParallelism, freemem, totalmem } from 'node:os';
 import { join } from 'node:path';
 
+/** RAM that this process may use, in bytes. */
 export interface RamInfo {
   /** What may be used in all: the machine's RAM, or the smallest cgroup limit. */
   totalBytes: number;
@@ -52,6 +53,7 @@ const smallest = (...values: (number | null)[]): number | null => {
 };
 
 /**
+ * RAM that this process may use: /proc/meminfo within the limits of its cgroup and of those above it (v1 and v2).
  * @param root where /proc and /sys are; for tests, and for looking at another machine's files
  */
 export function ramInfo(root = '/'): RamInfo {

@@ -1,6 +1,7 @@
 /** What a plan is asked for, and what it says. */
 import type { ModelShape } from './shape.js';
 
+/** The adapter that a plan counts. */
 export interface LoraShape {
   /** Rank. */
   r: number;
@@ -13,6 +14,7 @@ export interface LoraShape {
   dropout?: number;
 }
 
+/** Model, length and budgets, and what to fix. */
 export interface PlanOptions {
   model: ModelShape;
   /** Sequence length. */
@@ -63,6 +65,7 @@ export interface PlanOptions {
   maxTokens?: boolean;
 }
 
+/** Sizes, places and bytes of a training step. */
 export interface Plan {
   tokens: number;
   /** Tokens per chunk of the layers x chunks schedule, per MLP tile, and rows of logits alive at once. */

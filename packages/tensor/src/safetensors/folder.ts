@@ -21,6 +21,7 @@ export class SafetensorsFolder implements SafetensorsReader {
     this.names = Object.freeze([...fileOf.keys()]);
   }
 
+  /** Whether a file of the folder holds the tensor. */
   has(name: string): boolean {
     return this.fileOf.has(name);
   }
@@ -33,9 +34,11 @@ export class SafetensorsFolder implements SafetensorsReader {
   readInto(name: string, target: Tensor, options?: { firstRow?: number }): Promise<void> {
     return this.file(name).readInto(name, target, options);
   }
+  /** Closes all files. */
   close(): void {
     for (const file of this.files) file.close();
   }
+  /** For `using`: `close()`. */
   [Symbol.dispose](): void {
     this.close();
   }

@@ -23,6 +23,7 @@ const itemBytes = {
   F8_E5M2: 1,
   F8_E8M0: 1,
 } as const;
+/** Element types of the file format, as its header spells them. */
 export type SafetensorsDType = keyof typeof itemBytes;
 
 const lcDtype: Partial<Record<SafetensorsDType, DType>> = { F32: 'f32', F16: 'f16', BF16: 'bf16', I32: 'i32', I64: 'i64', U8: 'u8' };

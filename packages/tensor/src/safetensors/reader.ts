@@ -24,6 +24,7 @@ export interface SafetensorsReader extends Disposable {
   readonly metadata: Readonly<Record<string, string>>;
   /** In the order of the file's header (of a folder: of its index). */
   readonly names: readonly string[];
+  /** Whether the tensor is there. */
   has(name: string): boolean;
   /** @throws ERR_LC_SAFETENSORS when there is no such tensor */
   info(name: string): TensorInfo;
@@ -34,6 +35,7 @@ export interface SafetensorsReader extends Disposable {
    * Another floating dtype is converted to. @throws ERR_LC_SAFETENSORS, ERR_LC_SHAPE, ERR_LC_STRIDES, ERR_LC_IO
    */
   readInto(name: string, target: Tensor, options?: { firstRow?: number }): Promise<void>;
+  /** Closes the file; what was read stays. */
   close(): void;
 }
 
@@ -52,6 +54,7 @@ export class SafetensorsFile implements SafetensorsReader {
     this.names = Object.freeze([...tensors.keys()]);
   }
 
+  /** Whether the tensor is there. */
   has(name: string): boolean {
     return this.tensors.has(name);
   }
@@ -95,11 +98,13 @@ export class SafetensorsFile implements SafetensorsReader {
     }
   }
 
+  /** Closes the file; what was read stays. */
   close(): void {
     if (this.closed) return;
     this.closed = true;
     fs.closeSync(this.fd);
   }
+  /** For `using`: `close()`. */
   [Symbol.dispose](): void {
     this.close();
   }

@@ -13,6 +13,7 @@ export interface SafetensorsEntry {
   readonly dtype?: DType;
   /** Default: the tensor's own. */
   readonly shape?: readonly number[];
+  /** The values, or a function that makes them when their turn comes. */
   readonly data: Tensor | TypedArray | (() => Tensor | TypedArray | Promise<Tensor | TypedArray>);
 }
 

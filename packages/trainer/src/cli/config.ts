@@ -96,6 +96,7 @@ const schema = z.strictObject({
   layers_per_segment: z.union([count, z.literal('auto')]).optional(),
 });
 
+/** A config file of `lc train`, checked, with every default filled in. */
 export type TrainConfig = z.output<typeof schema>;
 const keys = Object.keys(schema.shape);
 const MAX_CONFIG_BYTES = 1 << 20;

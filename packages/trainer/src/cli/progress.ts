@@ -28,6 +28,7 @@ export class ProgressDisplay {
 
   constructor(private readonly out: NodeJS.WriteStream = process.stderr) {}
 
+  /** Shows an event. */
   handle(event: TrainerEvent): void {
     switch (event.type) {
       case 'plan':
