@@ -723,11 +723,12 @@ test('gemm: narrow products', async () => {
     }
   }
   // A row's bits do not depend on how many rows there are: a recomputed chunk must give the forward's.
-  for (const [n, k] of [
-    [8, 2880],
-    [32, 520],
+  for (const [n, k, aType] of [
+    [8, 2880, 'bf16'],
+    [32, 520, 'bf16'],
+    [1500, 61, 'f32'],
   ] as const) {
-    const a = make([6200, k], 'bf16', 1);
+    const a = make([6200, k], aType, 1);
     const b = make([n, k], 'f32', 2);
     using all = empty([6200, n], { device: 'cuda' });
     using few = empty([77, n], { device: 'cuda' });

@@ -5,10 +5,10 @@
 namespace lctx::cuda::narrow {
 namespace {
 
-constexpr int COLUMNS = 32 * WARPS, ROWS = 64; /* of c, per block */
+constexpr int COLUMNS = 32 * WARPS; /* of c, per block */
 
-/* KS: 16s of k, or 0 for k <= 8, where the upper half of a step's k is empty. VECTOR: a lane's neighbours in a and c can be accessed at once. */
-template <int KS, bool K_CONTIGUOUS, bool VECTOR>
+/* KS: 16s of k, or 0 for k <= 8, where the upper half of a step's k is empty. VECTOR: a lane's neighbours in a and c can be accessed at once. ROWS: of c, per block. */
+template <int KS, bool K_CONTIGUOUS, bool VECTOR, int ROWS>
 __global__ void __launch_bounds__(THREADS, KS >= 4 ? 1 : 2) update_kernel(const __grid_constant__ GemmLaunch p) {
   constexpr int STEPS = KS == 0 ? 1 : KS, PAIRS = KS == 0 ? 1 : 2;
   TileOf tile;
@@ -142,24 +142,28 @@ __global__ void __launch_bounds__(THREADS, KS >= 4 ? 1 : 2) update_kernel(const 
   }
 }
 
-template <int KS, bool K_CONTIGUOUS>
+template <int KS, bool K_CONTIGUOUS, int ROWS>
 int launch(const GemmLaunch& p, cudaStream_t s) {
   const int64_t neighbours = KS == 0 ? 2 : 4;
   const bool vector_a = p.k % neighbours == 0 && aligned(p.a, p.lda, 0, neighbours), vector_c = p.n % 8 == 0 && aligned(p.c, p.ldc, p.stride_c, 8);
   const uint32_t blocks = TileGrid<ROWS, COLUMNS>(p).count(p);
-  if (vector_a && vector_c) update_kernel<KS, K_CONTIGUOUS, true><<<blocks, THREADS, 0, s>>>(p);
-  else update_kernel<KS, K_CONTIGUOUS, false><<<blocks, THREADS, 0, s>>>(p);
+  if (vector_a && vector_c) update_kernel<KS, K_CONTIGUOUS, true, ROWS><<<blocks, THREADS, 0, s>>>(p);
+  else update_kernel<KS, K_CONTIGUOUS, false, ROWS><<<blocks, THREADS, 0, s>>>(p);
   return cudaGetLastError();
 }
-template <int KS>
+template <int KS, int ROWS>
 int launch(const GemmLaunch& p, cudaStream_t s) {
-  return p.trans_b ? launch<KS, true>(p, s) : launch<KS, false>(p, s);
+  return p.trans_b ? launch<KS, true, ROWS>(p, s) : launch<KS, false, ROWS>(p, s);
 }
 
 }  // namespace
 
 int launch_update(const GemmLaunch& p, cudaStream_t s) {
-  return p.k <= 8 ? launch<0>(p, s) : p.k <= 16 ? launch<1>(p, s) : p.k <= 32 ? launch<2>(p, s) : launch<4>(p, s);
+  if (p.k <= 8) return launch<0, 64>(p, s);
+  if (p.k <= 16) return launch<1, 64>(p, s);
+  if (p.k <= 32) return launch<2, 64>(p, s);
+  // With so much of b, four times the rows for each time that it is read and split, once they fill the card.
+  return TileGrid<256, COLUMNS>(p).count(p) >= multiprocessors() ? launch<4, 256>(p, s) : launch<4, 64>(p, s);
 }
 
 }  // namespace lctx::cuda::narrow
