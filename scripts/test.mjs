@@ -1,4 +1,4 @@
-// `npm test [-- --release]`: set-up, lint, types, then every package's tests. The last line sums them: N passed, N failed, N skipped.
+// `npm test [-- --release]`: set-up, lint, types, docs, then every package's tests. The last line sums them: N passed, N failed, N skipped.
 // --release: a release of what set-up built, into a registry of this machine, used from there by this Node (scripts/release/dry.mjs).
 import { mkdirSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
@@ -28,6 +28,7 @@ if (total.failed > 0) finish();
 console.log(`== set up after ${minutes()}`);
 check('lint', bin('biome'), ['ci', '.']);
 check('types', bin('tsc'), ['--noEmit', '-p', 'tsconfig.json']);
+check('docs', process.execPath, [join(root, 'scripts/docs/build.mjs'), '--quiet']);
 
 const reports = join(root, '.test-reports');
 rmSync(reports, { recursive: true, force: true });

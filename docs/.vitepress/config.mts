@@ -18,6 +18,7 @@ export default defineConfig({
   lastUpdated: false,
   // Pages are Markdown of the repository: <name> and {{ }} in them are text.
   markdown: { html: false, attrs: { disable: true }, config: (md) => md.use(literalBraces).use(anchors) },
+  vite: { build: { chunkSizeWarningLimit: 4096, reportCompressedSize: false } }, // the search index is one file
   themeConfig: {
     search: { provider: 'local' },
     outline: { level: [2, 3] },
