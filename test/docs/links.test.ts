@@ -47,7 +47,7 @@ it('pages and anchors that are not', () => {
 });
 
 it('links of the repository lead to pages of the site, also with code in their labels; code is left as it is', () => {
-  expect(pageText('packages/models/README.md')).toContain('[`@lc/attention`](/packages/attention.md)');
+  expect(pageText('README.md')).toContain('[`@lc/attention`](/packages/attention.md)');
   expect(pageText('README.md')).toContain('[docs/architecture.md](/architecture.md)');
   expect(pageText('docs/compose.md')).toContain("label: 'weights' });");
   for (const page of pages.values()) expect(page).toMatch(/^[a-z0-9/-]+\.md$/);

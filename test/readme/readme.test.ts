@@ -1,4 +1,4 @@
-/** The first code block of every package's README runs as it stands, and every block type-checks. */
+/** Every package's README stands alone: its first code block runs as it stands, and every block type-checks. */
 import { readdirSync, readFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -34,6 +34,18 @@ describe('the first block runs', () => {
     });
   }
 });
+
+it.each(packages)(
+  'the README of %s stands alone: what a reader looks for, in this order, and no link that only the repository can follow',
+  (name) => {
+    const text = readFileSync(join(root, 'packages', name, 'README.md'), 'utf8');
+    const wanted = ['# ', 'The problem:', '## What it saves', '## Use', '## API', '## How it fails', '## How it composes'];
+    const found = wanted.map((heading) => text.search(new RegExp(`^${heading}`, 'm')));
+    expect(found).not.toContain(-1);
+    expect(found).toEqual([...found].sort((a, b) => a - b));
+    expect([...text.matchAll(/\]\(([^)]*)\)/g)].map((match) => match[1]).filter((href) => !/^(https:|#)/.test(href ?? ''))).toEqual([]);
+  },
+);
 
 it('blocks and docs/compose.md type-check', () => {
   const files = new Map<string, string>();
