@@ -60,12 +60,13 @@ export function writePages() {
   }
 }
 
-/** typedoc's pages by package, from its folder of modules. */
+/** typedoc's pages by the name to import; a namespace after its package. */
 export function apiSidebar() {
   const api = join(site, 'api');
   if (!existsSync(api)) return [];
   return readdirSync(api, { recursive: true })
     .filter((file) => file.endsWith('.md') && file !== 'index.md')
-    .sort()
-    .map((file) => ({ text: file.replace(/\.md$/, ''), link: `/api/${file.replace(/\.md$/, '')}` }));
+    .map((file) => file.replace(/(\/index)?\.md$/, (_, index) => (index ? '/' : '')))
+    .map((page) => ({ text: page.replace('/namespaces/', ': ').replace(/\/$/, ''), link: `/api/${page}` }))
+    .sort((a, b) => (a.text < b.text ? -1 : 1));
 }
