@@ -248,6 +248,10 @@ cases.push(
   ['head dim 80', { n: 77, heads: 4, kvHeads: 2, headDim: 80, sinks: true }],
   ['head dim 8', { n: 77, heads: 4, kvHeads: 2, headDim: 8, start: 33 }],
   ['few keys carry a row', { n: 40, heads: 8, kvHeads: 1, headDim: 64, start: 1000, spread: 6, sinks: true }],
+  // Beyond the keys whose maximum is always taken: the reference follows; some rows overflow and are computed again.
+  ['few far keys carry a row', { n: 20, heads: 8, kvHeads: 1, headDim: 64, start: 2500, spread: 6, sinks: true }],
+  ['few far keys carry a row, x 128', { n: 20, heads: 4, kvHeads: 1, headDim: 128, start: 2500, spread: 6 }],
+  ['large scores beyond f32, far', { n: 20, heads: 8, kvHeads: 1, headDim: 64, start: 2500, spread: 250, sinks: true }],
   ['large scores beyond f32 from tile to tile', { n: 500, heads: 8, kvHeads: 1, headDim: 64, spread: 250, sinks: true }],
   ['large scores beyond f32 from tile to tile, x 128', { n: 500, heads: 4, kvHeads: 1, headDim: 128, spread: 250 }],
   ['scale 0', { n: 140, heads: 2, kvHeads: 2, headDim: 64, scale: 0 }],

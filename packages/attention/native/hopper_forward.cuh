@@ -4,9 +4,10 @@
  *
  * Key tiles are laid from the last visible key of an item backwards, so that one tile holds the diagonal; only tiles at the diagonal, a window's edge or a document's are masked.
  *
- * FAST: softmax needs some reference near the row's maximum, not the maximum itself. A row takes the maximum over its diagonal tiles and keeps it: later tiles need no maximum, no
- * votes and no rescaling, and P is as exact in bf16 whatever its power of two. A row whose sum passes 2^60 might have overflowed: its LSE is written as infinity, and a second
- * launch (not FAST, `flagged`) computes the items of such rows with a running maximum. */
+ * FAST: softmax needs some reference near the row's maximum, not the maximum itself. A row takes the maximum over its first keys (kExactKeys) and keeps it: later tiles need no maximum and
+ * no rescaling. But a running maximum makes the largest P exactly 1 where another reference has it rounded to bf16, which shows where few keys carry a row: a tile that weighs more than
+ * 1 / kOutweighs of all before it still makes its largest P the reference. A row whose sum passes 2^60 might have overflowed: its LSE is written as infinity, and a second launch (not
+ * FAST, `flagged`) computes the items of such rows with a running maximum. */
 #ifndef LC_ATTENTION_HOPPER_FORWARD_CUH
 #define LC_ATTENTION_HOPPER_FORWARD_CUH
 #include "lctx/hopper.cuh"
@@ -23,6 +24,8 @@ struct HopperForward {
 };
 
 constexpr int kMaxFlags = 1024; /* items of one block in the second launch */
+constexpr int kExactKeys = 1024; /* from an item's last key backwards: the reference is the maximum */
+constexpr float kOutweighs = 4;  /* later a tile moves it whose sum is more than 1 / kOutweighs of all before */
 
 template <int HD_, int WGS_, int BN_, int STAGES_, int QS_, bool FAST_, bool PINGPONG_, bool BESIDE_>
 struct HopperConfig {
@@ -149,7 +152,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
   const int lane = threadIdx.x % 32;
   const int row0 = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // this thread's rows: row0 and row0 + 8
   // exp(scale s) = 2^(c s). A scale of 0 must still send masked scores (-inf) to 0.
-  const float c = fmaxf(p.scale * kLog2e, 1e-30f);
+  const float c = fmaxf(p.scale * kLog2e, 1e-30f), per_c = 1 / c;
   Ring<STAGES> at;
   Ring<QS> q_at;
   auto release = [&](uint32_t empty) {
@@ -174,7 +177,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
       low[h] = first_key(p, query), high[h] = p.start + query;
     }
     const int open_begin = first_key(p, t.last), open_end = p.start + t.query0 + 1;  // keys that every row sees
-    float o[HD / 2], s[BN / 2], top[2] = {-1e30f, -1e30f}, sum[2] = {0, 0}, shrink[2];
+    float o[HD / 2], s[BN / 2], top[2] = {-1e30f, -1e30f}, sum[2] = {0, 0}, added[2], shrink[2];
     uint32_t probs[BN / 16][4];
     bool moved = false;
 #pragma unroll
@@ -192,10 +195,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
       for (int kk = 0; kk < BN / 16; kk++) Wgmma<HD>::template rs<1>(o, probs[kk], descriptor(sv + stage * C::TILE, BN * 128) + 128 * kk, 1);
       wgmma_commit();
     };
-    /* s becomes P, f32; where the reference moved, `shrink` is what older sums are to be multiplied with. */
+    auto exact = [&](int key0) { return key0 + max(kExactKeys, BN) >= open_end; };
+    /* s becomes P, f32 (FAST: its sums `added`); where the reference moved, `shrink` is what older sums are to be multiplied with. */
     auto softmax = [&](int key0) {
-      const bool front = key0 + BN >= open_end;  // some row may see its first key here
-      if (front) {
+      if (key0 + BN >= open_end) {  // some row may see its first key here
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const int to = high[h] - key0 - lane % 4 * 2;
@@ -218,7 +221,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
         }
       }
       moved = false;
-      if (!C::FAST || front) {
+      if (!C::FAST || exact(key0)) {
         float m[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -251,7 +254,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
             s[4 * j + 2 * h + e] = x;
             part[e] += x;
           }
-        sum[h] += part[0] + part[1];
+        if (C::FAST) added[h] = part[0] + part[1];
+        else sum[h] += part[0] + part[1];
       }
     };
     auto to_bf16 = [&] {
@@ -259,6 +263,34 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
       for (int kk = 0; kk < BN / 16; kk++)
 #pragma unroll
         for (int x = 0; x < 4; x++) probs[kk][x] = pack(s[8 * kk + 2 * x], s[8 * kk + 2 * x + 1]);
+    };
+    /* Moves the reference to the largest P of a tile that outweighs. */
+    auto follow = [&] {
+      moved = __any_sync(~0u, added[0] * kOutweighs > sum[0] || added[1] * kOutweighs > sum[1]);
+      if (!moved) return;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const unsigned lanes = __ballot_sync(~0u, added[h] * kOutweighs > sum[h]);
+        float m = 0;
+#pragma unroll
+        for (int j = 0; j < BN / 8; j++) m = fmaxf(m, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+        m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+        m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+        // Only rows one of whose four lanes says so, and not where the sum may have overflowed, so that it still tells.
+        if ((lanes >> (lane & ~3) & 15) == 0 || !(m > 1 && m < 0x1p60f)) m = 1;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(shrink[h]) : "f"(m));
+#pragma unroll
+        for (int j = 0; j < BN / 8; j++) s[4 * j + 2 * h] *= shrink[h], s[4 * j + 2 * h + 1] *= shrink[h];
+        sum[h] *= shrink[h], added[h] *= shrink[h];
+        top[h] += __log2f(m) * per_c;
+      }
+    };
+    auto add_sums = [&] {
+      if (C::FAST) sum[0] += added[0], sum[1] += added[1];
+    };
+    auto shrink_output = [&] {
+#pragma unroll
+      for (int x = 0; x < HD / 2; x++) o[x] *= shrink[x / 2 % 2];
     };
     auto hold_probs = [&] {
 #pragma unroll
@@ -277,6 +309,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
     hold(s);
     release(k_empty + 8 * at.stage);
     softmax(key0);
+    add_sums();
     to_bf16();
 #pragma unroll 1
     for (int tile = 1; tile < t.count; tile++) {
@@ -295,16 +328,25 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
       hold(s);
       if (!C::BESIDE) release(k_empty + 8 * at.stage);
       softmax(key0);
+      const bool follows = C::FAST && !exact(key0);
+      if (C::BESIDE) {
+        if (follows) follow();
+        add_sums();
+      }
       // Nothing but a memory operation that needs all exponentials keeps ptxas from moving the next wait before them. Sums are never negative.
       if (C::BESIDE && lane == 0 && !(sum[0] + sum[1] == -1.0f)) mbarrier_arrive(k_empty + 8 * at.stage);
       wgmma_wait<0>();
       hold(o), hold_probs();
       release(v_empty + 8 * before.stage);
-      if (moved) {
-#pragma unroll
-        for (int x = 0; x < HD / 2; x++) o[x] *= shrink[x / 2 % 2];
-      }
+      if (moved) shrink_output();
       to_bf16();
+      if (!C::BESIDE) {
+        if (follows) {  // here the packing hides the vote
+          follow();
+          if (moved) shrink_output(), to_bf16();
+        }
+        add_sums();
+      }
     }
     release(q_empty + 8 * q_at.stage);
     q_at.next();
