@@ -4,7 +4,7 @@
  * A block owns a span of keys of one K/V head and goes over the queries that see them in rising order, 64 rows at a time (row = query * group + head, as in tiles.cuh: 8 queries of 8
  * heads cut little of a window). Such a tile sees keys of three neighbouring blocks of 64. Each belongs to one of three warpgroups, which keeps its dK and dV in registers for as long as
  * queries see it, adds them to memory, and goes on with the third block further: one's keys have just begun to be seen, one's are in the middle, one's end. Scores are transposed (keys are
- * rows), so that P and dS are left operands in registers; dS also goes through shared memory, for dQ.
+ * rows), so that P is a left operand in registers; dS goes through shared memory, for dK and dQ.
  *
  * The fourth warpgroup makes dQ of a tile from the dS of all three, complete, and writes it as bf16. Before that it reads dO and O of the next tile for delta = rowsum(dO O), with which it
  * also sums dSinks. One of its threads starts the copies. At both ends of a span the scores of window - 1 queries are computed twice: before its own keys for dQ, behind them for dK
@@ -251,26 +251,27 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_window_kernel(const __gr
   registers_up<C::REGISTERS>();
   const int w = warp / 4, column = lane % 4 * 2, key_lane = warp % 4 * 16 + lane / 4;
   const float c = p.scale * kLog2e;
-  float dk[HD / 2], dv[HD / 2], s[32], d[32];
-  uint32_t pr[4][4], dr[4][4];
+  float dk[HD / 2], dv[HD / 2], s[32];  // s: scores, P, then dP
+  uint32_t pr[4][4];
   // stmatrix: lane l gives row l % 8 of 8 x 8 block l / 8; blocks: keys + 0, keys + 8, then 8 queries further.
   const uint32_t ds_at = sds + w * TILE + (lane / 16 * 8 + (lane & 7)) * 128 + (((warp % 4 * 2 + (lane / 8 & 1)) ^ (lane & 7)) << 4);
-  int block = first + w;
-  int add = 0;
-  const auto scores = [&](float (&to)[32], uint32_t keys, uint32_t tile) {
+  int block = first + w, add = 0;  // add: dk and dv hold something
+  const auto scores = [&](uint32_t keys, uint32_t tile) {
     const uint64_t left = descriptor(keys), right = descriptor(tile);
 #pragma unroll
-    for (int kk = 0; kk < 4; kk++) Wgmma<64>::ss<0, 0>(to, left + kk * 2, right + kk * 2, kk > 0);
+    for (int kk = 0; kk < 4; kk++) Wgmma<64>::ss<0, 0>(s, left + kk * 2, right + kk * 2, kk > 0);
     wgmma_commit();
   };
-  const auto gradient = [&](float (&to)[HD / 2], const uint32_t (&r)[4][4], uint32_t tile) {
-    const uint64_t right = descriptor(tile);
-#pragma unroll
-    for (int kk = 0; kk < 4; kk++) Wgmma<HD>::template rs<1>(to, r[kk], right + kk * 128, kk > 0 ? 1 : add);
-    wgmma_commit();
+  // S^T of a tile: issued a step ahead, beside dK of the tile before. Its keys may be the block after the present one.
+  const auto start_scores = [&](int tile) {
+    const int own = tile >> to_block, t = tile - tile_begin, x = (block < own - 2 ? block + 3 : block) - first;
+    if (x + first < end) mbarrier_wait(kv_full + 8 * (x % SLOTS), x / SLOTS & 1);
+    mbarrier_wait(full + 8 * (t % STAGES), t / STAGES & 1);
+    hold(s);
+    wgmma_fence();
+    scores(sk + x % SLOTS * TILE, rows + t % STAGES * C::ROWS);
   };
   const auto flush = [&] {
-    hold(dk), hold(dv);
     const int keys = p.start + p.n;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -287,32 +288,26 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_window_kernel(const __gr
     }
   };
 
-  hold(dk), hold(dv), hold(s), hold(d);
+  hold(dk), hold(dv), hold(s);
+  start_scores(tile_begin);
 #pragma unroll 1
   for (int tile = tile_begin; tile < tile_end; tile++) {
     const int own = tile >> to_block, t = tile - tile_begin, stage = t % STAGES, phase = t / STAGES & 1;
+    const uint32_t q = rows + stage * C::ROWS, row_info = info + stage * C::INFO, ds = (t & 1) * C::DS;
+    wgmma_wait<0>();  // S of this tile, dK of the one before
+    hold(s), hold(dk), hold(dv);
+    if (lane == 0 && t > 0) mbarrier_arrive(empty + 8 * ((t - 1) % STAGES));
     if (block < own - 2) {
       if (add && block >= begin) flush();
       if (lane == 0 && block < end) mbarrier_arrive(kv_empty + 8 * ((block - first) % SLOTS));
       block += 3, add = 0;
     }
-    const uint32_t q = rows + stage * C::ROWS, row_info = info + stage * C::INFO;
-    mbarrier_wait(full + 8 * stage, phase);
     // A warpgroup whose keys are not seen yet goes along with probabilities of 0 and keeps nothing: products in a branch would be serialised.
     const bool active = block <= own && block < end;
-    const int x = block - first, slot = x % SLOTS;
-    if (active && !add) mbarrier_wait(kv_full + 8 * slot, x / SLOTS & 1);
-    hold(s), hold(d);
-    wgmma_fence();
-    scores(s, sk + slot * TILE, q);
     const int low = block * 64 + warp % 4 * 16, high = low + 15, first_pos = tile << a.shift, last_pos = first_pos + queries - 1;
+    const bool seen = active && block >= 0 && low <= last_pos && high >= first_pos - p.window + 1;  // any of this warp's keys, by any row
     mbarrier_wait(ready + 8 * stage, phase);
-    wgmma_wait<0>();
-    hold(s);
-    if (!active || block < 0 || low > last_pos || high < first_pos - p.window + 1) {
-#pragma unroll
-      for (int i = 0; i < 32; i++) s[i] = 0;
-    } else {
+    if (seen) {
 #pragma unroll
       for (int j = 0; j < 8; j++) {
         const float2 lse = load_pair(row_info + column * 4 + j * 32);
@@ -337,44 +332,49 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_window_kernel(const __gr
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) pr[kk][i] = pack(s[kk * 8 + i * 2], s[kk * 8 + i * 2 + 1]);
+      for (int i = 0; i < 4; i++) pr[kk][i] = seen ? pack(s[kk * 8 + i * 2], s[kk * 8 + i * 2 + 1]) : 0;
       hold(pr[kk]);
     }
-    hold(dv);
+    hold(s), hold(dv);
     wgmma_fence();
-    scores(d, sv + slot * TILE, q + TILE);
-    gradient(dv, pr, q + TILE);
+    scores(sv + (block - first) % SLOTS * TILE, q + TILE);
+    const uint64_t dout = descriptor(q + TILE);
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) Wgmma<HD>::template rs<1>(dv, pr[kk], dout + kk * 128, kk > 0 ? 1 : add);
+    wgmma_commit();
     wgmma_wait<1>();
-    hold(d);
+    hold(s);
+    mbarrier_wait(ds_empty + 8 * (t & 1), (t >> 1 & 1) ^ 1);
     // dS^T = P^T (dP^T - delta), with P as it was rounded for dV, for want of registers
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const float2 delta = load_pair(row_info + 256 + column * 4 + j * 32);
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const uint32_t both = pr[j / 2][j % 2 * 2 + h];
-        dr[j / 2][j % 2 * 2 + h] = pack(__uint_as_float(both << 16) * (d[j * 4 + h * 2] - delta.x), __uint_as_float(both & 0xffff0000u) * (d[j * 4 + h * 2 + 1] - delta.y));
-      }
-    }
-    mbarrier_wait(ds_empty + 8 * (t & 1), (t >> 1 & 1) ^ 1);
-#pragma unroll
     for (int kk = 0; kk < 4; kk++) {
-      hold(dr[kk]);
-      stmatrix_trans(ds_at + (t & 1) * C::DS + kk * 2048, dr[kk]);
+      uint32_t dr[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int at = kk * 8 + i * 2;
+        const float2 delta = load_pair(row_info + 256 + column * 4 + at / 4 * 32);
+        dr[i] = pack(__uint_as_float(pr[kk][i] << 16) * (s[at] - delta.x), __uint_as_float(pr[kk][i] & 0xffff0000u) * (s[at + 1] - delta.y));
+      }
+      stmatrix_trans(ds_at + ds + kk * 2048, dr);
     }
     fence_async();
-    __syncwarp();
+    bar_sync(2 + w, 128);
     if (lane == 0) mbarrier_arrive(ds_full + 8 * (t & 1));
+    wgmma_wait<0>();
+    hold(dv);
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) hold(pr[kk]);
     hold(dk);
     wgmma_fence();
-    gradient(dk, dr, q);
-    wgmma_wait<0>();
-    hold(dk), hold(dv);
+    const uint64_t left = descriptor(sds + ds + w * TILE), right = descriptor(q);
 #pragma unroll
-    for (int kk = 0; kk < 4; kk++) hold(pr[kk]), hold(dr[kk]);
+    for (int kk = 0; kk < 4; kk++) Wgmma<HD>::template ss<1, 1>(dk, left + kk * 128, right + kk * 128, kk > 0 ? 1 : add);
+    wgmma_commit();
     add = active;
-    if (lane == 0) mbarrier_arrive(empty + 8 * stage);
+    start_scores(min(tile + 1, tile_end - 1));  // after the last tile once more, unused: a branch would be serialised
   }
+  wgmma_wait<0>();
+  hold(s), hold(dk), hold(dv);
   if (add && block >= begin) flush();
 #endif
 }
