@@ -189,11 +189,13 @@ function expectation(p: Problem): { want: Results; plain: Plain } {
 const onHopper = devices().some((d) => d.device === 'cuda:0' && d.computeCapability === '9.0') && !process.env.LCTX_SMEM_LIMIT;
 const paths = onHopper ? ['', 'portable'] : [''];
 async function onPath<T>(path: string, fn: () => Promise<T>): Promise<T> {
+  const before = process.env.LCTX_ATTENTION;
   if (path) process.env.LCTX_ATTENTION = path;
   try {
     return await fn();
   } finally {
-    delete process.env.LCTX_ATTENTION;
+    if (before === undefined) delete process.env.LCTX_ATTENTION;
+    else process.env.LCTX_ATTENTION = before;
   }
 }
 
@@ -280,6 +282,24 @@ test('attention: forward and backward against f64, twice the plain bf16 error; t
   }
   console.log(`     ${thin(cases, 3).length} cases; largest error over allowed: ${worst.ratio.toFixed(2)} (${worst.where})`);
   assert(failures.length === 0, failures.join('\n'));
+});
+
+test("attention: Hopper's backward is as exact as rounding P, dS and dQ to bf16 alone", async () => {
+  if (!onHopper) return;
+  for (const headDim of [64, 128]) {
+    const p = makeProblem({ n: 300, heads: 8, kvHeads: 2, headDim, start: 65, sinks: true });
+    const { want, plain } = expectation(p);
+    for (const deterministic of [true, false]) {
+      const got = await onPath('hopper', () => run(p, [p.n], deterministic));
+      for (const key of ['dq', 'dk', 'dv'] as const) {
+        const [error, alone] = [distance(got[key], want[key]), distance(plain[key], want[key])];
+        assert(
+          error <= 1.1 * alone,
+          `head dim ${headDim}: ${key} is off by ${error.toExponential(3)}, rounding alone by ${alone.toExponential(3)}`,
+        );
+      }
+    }
+  }
 });
 
 test('attention: backward in no fixed order is as exact; all but dQ keeps its bits', async () => {

@@ -87,6 +87,13 @@ __global__ void __launch_bounds__(256) dq_kernel(const float* sum, bf16* dq, int
   }
 }
 
+/* Tiles of keys of one K/V head that blocks take before they turn to the next head. Many keep that head's Q, dO and dQ in the L2 cache. But the dearest keys of the last head come late then,
+ * unless a head has keys for almost two rounds of blocks; and in order the blocks of a row start one behind the other. Behind a window there is nothing to keep. */
+int keys_in_a_row(const Problem& p, int64_t key_tiles, int processors) {
+  if (p.window > 0) return 1;
+  return static_cast<int>(key_tiles * 4 >= int64_t{7} * processors ? key_tiles : std::max<int64_t>(1, key_tiles / 8));
+}
+
 template <bool ORDERED>
 struct BackwardDims {
   using Dim64 = HopperBackwardConfig<128, 64, 2, 2, ORDERED>;
@@ -124,12 +131,12 @@ int start(const Backward& b, void* stream) {
     if (const int e = cudaMemsetAsync(a.dq_sum, 0, rows * C::HD * 4, s)) return e;
   rows_kernel<<<dim3(a.tiles * (C::M / 32), (p.heads + 31) / 32), dim3(32, 8), 0, s>>>(b.lse, b.delta, lse, delta, p.n, p.heads, a.tiles * C::M);
   low_kernel<<<1, 1024, 0, s>>>(p, low, a.tiles, C::M);
-  const int64_t key_tiles = (keys + kKeys - 1) / kKeys - a.first_tile, blocks = key_tiles * p.kv_heads;
-  // One K/V head after the other keeps Q, dO and dQ of its heads in the L2 cache, but ends on that head's dearest keys: for long triangles only. Turns want few blocks in a row.
+  const int64_t key_tiles = (keys + kKeys - 1) / kKeys - a.first_tile;
   int device = 0, processors = 0;
   if (const cudaError_t e = cudaGetDevice(&device)) return e;
   if (const cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
-  a.run = !C::ORDERED && p.window == 0 && p.start < p.n && blocks >= 7 * static_cast<int64_t>(processors) ? static_cast<int>(key_tiles) : 1;
+  a.run = keys_in_a_row(p, key_tiles, processors);
+  const int64_t blocks = round_up(key_tiles, a.run) * p.kv_heads;
   if (const int e = launch(hopper_backward_kernel<C>, blocks, C::THREADS, C::SMEM, a, stream)) return e;
   const int pieces = a.tiles * (C::M / 64);
   dq_kernel<C::HD><<<dim3(pieces, p.heads), 256, 0, s>>>(a.dq_sum, static_cast<bf16*>(b.dq), b.dq_stride, p.n, pieces, p.dim, p.scale);

@@ -6,7 +6,9 @@
  *
  * dQ is summed in f32 memory by bulk reductions of whole tiles, laid out as the accumulators lie in registers. ORDERED: a tile's sum is made in rising order of keys. A counter per
  * tile and head says whose turn it is; the first stores, so that nothing needs clearing. Blocks take their keys from a ticket counter in rising order, so whoever is waited for is running
- * or done; and since all go through the queries in one order, the block of the next keys follows a step or two behind. */
+ * or done; and since all go through the queries in one order, the block of the next keys follows a step or two behind. It must not fall back further: what blocks share of Q, dO and dQ is
+ * then gone from the L2 cache, additions take longer to arrive, and the distance grows. So every buffer of dQ has a thread of its own, which passes the turn on the moment its addition has
+ * arrived and holds up neither the other buffer nor the block. */
 #ifndef LC_ATTENTION_HOPPER_BACKWARD_CUH
 #define LC_ATTENTION_HOPPER_BACKWARD_CUH
 #include "lctx/hopper.cuh"
@@ -26,10 +28,10 @@ struct HopperBackward {
   int* turn;          /* [heads, tiles]: how many tiles of keys were added to dQ */
   int* ticket;
   int tiles, first_tile; /* tiles of queries; first tile of keys */
-  int run;               /* tiles of keys that one K/V head has in a row, before the next head; 1: heads take turns */
+  int run;               /* tiles of keys that one K/V head has in a row, before the next head */
 };
 
-/* M: queries of a tile; at 128 P is used as it was rounded for dV, for want of registers. DQ_BUFFERS: tiles of dQ on their way to memory. */
+/* M: queries of a tile; at 128 dV waits until P and dP are dS, for want of registers for P twice (f32 for dS, bf16 for dV). DQ_BUFFERS: tiles of dQ on their way to memory. */
 template <int M_, int HD_, int STAGES_, int DQ_BUFFERS_, bool ORDERED_>
 struct HopperBackwardConfig {
   static constexpr int M = M_, N = 128, THREADS = 384, HD = HD_, STAGES = STAGES_, DQB = DQ_BUFFERS_;
@@ -38,6 +40,7 @@ struct HopperBackwardConfig {
   static constexpr int AT_K = 0, AT_V = KEYS, AT_Q = 2 * KEYS, AT_DO = AT_Q + STAGES * ROWS, AT_DS = AT_DO + STAGES * ROWS, AT_DQ = AT_DS + 2 * DS, AT_LSE = AT_DQ + DQB * DQ,
                        AT_DELTA = AT_LSE + STAGES * M * 4, AT_BAR = AT_DELTA + STAGES * M * 4, BARRIERS = 4 * STAGES + 1 + 2 * DQB;
   static constexpr int SMEM = AT_BAR + BARRIERS * 8 + 16;
+  static_assert(DQB <= 3);  /* a warp each */
   static_assert(SMEM <= 227 << 10, "more shared memory than a block has");
 };
 
@@ -59,8 +62,8 @@ __device__ __forceinline__ int load_acquire(const int* p) {
   return v;
 }
 __device__ __forceinline__ void store_release(int* p, int v) { asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
-/* Orders this thread's view of memory within the block, for ordinary accesses and those of the copy engine. */
-__device__ __forceinline__ void fence_block() { asm volatile("fence.acq_rel.cta;\nfence.proxy.async;" ::: "memory"); }
+/* Between this thread's ordinary accesses and those that it has the copy engine make. */
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 /* The steps of one block: tiles of queries from the last down, and within one the heads of the group; with them the place in the ring of stages. */
 struct BackwardSteps {
@@ -84,7 +87,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
   const uint32_t base = smem(memory), bars = base + C::AT_BAR;
   const uint32_t full_q = bars, full_do = bars + 8 * STAGES, empty_q = bars + 16 * STAGES, empty_do = bars + 24 * STAGES, full_kv = bars + 32 * STAGES, dq_full = full_kv + 8,
                  dq_empty = dq_full + 8 * DQB;
-  int* words = reinterpret_cast<int*>(memory + C::AT_BAR + 8 * C::BARRIERS);  // ticket; steps whose turn has come; steps added
+  int* ticket = reinterpret_cast<int*>(memory + C::AT_BAR + 8 * C::BARRIERS);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
@@ -98,12 +101,11 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
       mbarrier_init(dq_full + 8 * s, 8);
       mbarrier_init(dq_empty + 8 * s, 1);
     }
-    words[1] = words[2] = 0;
     mbarrier_init_fence();
-    words[0] = atomicAdd(a.ticket, 1);
+    *ticket = atomicAdd(a.ticket, 1);
   }
   __syncthreads();
-  const int item = words[0], kv_head = item / a.run % p.kv_heads, key_tile = a.first_tile + item / (a.run * p.kv_heads) * a.run + item % a.run, key0 = key_tile * N;
+  const int item = *ticket, kv_head = item / a.run % p.kv_heads, key_tile = a.first_tile + item / (a.run * p.kv_heads) * a.run + item % a.run, key0 = key_tile * N;
   const int begin = max(0, key0 - p.start) / M;  // query tiles
   int end = a.tiles;
   {  // up to the first whose first key lies beyond
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
     }
     end = low;
   }
-  if (begin >= end) return;
+  if (begin >= end || key0 >= p.start + p.n) return;
   const int group = p.group, head0 = kv_head * group, steps = (end - begin) * group;
 
   if (warp >= 8) {
@@ -141,70 +143,32 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
         bulk_load(base + C::AT_DELTA + s * M * 4, a.delta + row, M * 4, full_do + 8 * s);
         at.next<STAGES>(group);
       }
-    } else if (warp == 9 && threadIdx.x % 32 == 0) {  // dQ to memory
-      BackwardSteps at(end - 1);
-      int buffer = 0, phase = 0;
-      volatile int* ready = words + 1;
-      volatile int* done = words + 2;
+    } else if (warp < 9 + DQB && threadIdx.x % 32 == 0) {  // dQ to memory: a thread per buffer
+      const int buffer = warp - 9;
+      int phase = 0;
 #pragma unroll 1
-      for (int t = 0; t < steps; t++) {
-        const int64_t here = static_cast<int64_t>(head0 + at.h) * a.tiles + at.tile;
+      for (int t = buffer; t < steps; t += DQB, phase ^= 1) {
+        const int down = query_of(p, t), tile = end - 1 - down, before = key_tile - a.low[tile];  // tiles of keys whose turn is before this one's
+        const int64_t here = static_cast<int64_t>(head0 + t - down * group) * a.tiles + tile;
+        const uint32_t from = base + C::AT_DQ + buffer * C::DQ;
         float* to = a.dq_sum + here * M * HD;
         mbarrier_wait(dq_full + 8 * buffer, phase);
-        if (C::ORDERED) {
-          while (*ready <= t) __nanosleep(20);
-          fence_block();
+        if (C::ORDERED && before > 0) {
+          while (load_acquire(a.turn + here) != before) __nanosleep(32);
+          fence_copies();
         }
-        if (C::ORDERED && a.low[at.tile] == key_tile) bulk_store(to, base + C::AT_DQ + buffer * C::DQ, C::DQ);
-        else bulk_add(to, base + C::AT_DQ + buffer * C::DQ, C::DQ);
+        if (C::ORDERED && before == 0) bulk_store(to, from, C::DQ);
+        else bulk_add(to, from, C::DQ);
         bulk_commit();
-        if (C::ORDERED) {
-          bulk_wait<1>();
-          fence_block();
-          *done = t;  // steps before t have arrived
-        }
         bulk_wait_read<0>();
         mbarrier_arrive(dq_empty + 8 * buffer);
-        at.next<STAGES>(group);
-        if (++buffer == DQB) buffer = 0, phase ^= 1;
+        if (C::ORDERED) {
+          bulk_wait<0>();
+          fence_copies();
+          store_release(a.turn + here, before + 1);
+        }
       }
       bulk_wait<0>();
-      if (C::ORDERED) {
-        fence_block();
-        *done = steps;
-      }
-    } else if (C::ORDERED && warp == 10) {  // whose turn it is: each lane watches one of the next 32 steps
-      volatile int* ready = words + 1;
-      const int lane = threadIdx.x % 32;
-      int seen = 0;
-#pragma unroll 1
-      while (seen < steps) {
-        const int t = seen + lane, down = query_of(p, min(t, steps - 1)), tile = end - 1 - down, h = t - down * group;
-        const int turn = key_tile - a.low[tile];
-        const bool mine = t < steps && (turn == 0 || load_acquire(a.turn + static_cast<int64_t>(head0 + h) * a.tiles + tile) == turn);
-        const uint32_t all = __ballot_sync(~0u, mine);
-        const int more = __ffs(~all) - 1;
-        if (more == 0) continue;
-        seen += all == ~0u ? 32 : more;
-        asm volatile("fence.acq_rel.gpu;" ::: "memory");
-        __syncwarp();
-        if (lane == 0) *ready = seen;
-      }
-    } else if (C::ORDERED && warp == 11) {  // passes turns on
-      volatile int* done = words + 2;
-      const int lane = threadIdx.x % 32;
-      int passed = 0;
-#pragma unroll 1
-      while (passed < steps) {
-        const int now = __shfl_sync(~0u, *done, 0);
-        if (now == passed) {
-          __nanosleep(40);
-          continue;
-        }
-        const int t = passed + lane, down = query_of(p, min(t, steps - 1)), tile = end - 1 - down, h = t - down * group;
-        if (t < now) store_release(a.turn + static_cast<int64_t>(head0 + h) * a.tiles + tile, key_tile - a.low[tile] + 1);
-        passed = min(now, passed + 32);
-      }
     }
     return;
   }
@@ -278,32 +242,21 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
         }
     }
   };
-  const auto pack_p = [&]() {
+  // 16 queries of P^T and of dS^T = P^T (dP^T - delta) as operands. Each pair of registers takes the place of four that it was made from.
+  const auto pack_p = [&](int kk) {
 #pragma unroll
-    for (int kk = 0; kk < M / 16; kk++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) pr[kk][i] = pack(s[kk * 8 + i * 2], s[kk * 8 + i * 2 + 1]);
-      hold(pr[kk]);
-    }
+    for (int i = 0; i < 4; i++) pr[kk][i] = pack(s[kk * 8 + i * 2], s[kk * 8 + i * 2 + 1]);
+    hold(pr[kk]);
   };
-
-  const auto scores_gradient = [&](int stage) {
-    // dS^T = P^T (dP^T - delta)
-    const uint32_t delta_at = base + C::AT_DELTA + stage * M * 4 + column * 4;
+  const auto scores_gradient = [&](int kk, int stage) {
+    const uint32_t delta_at = base + C::AT_DELTA + (stage * M + kk * 16 + column) * 4;
 #pragma unroll
-    for (int j = 0; j < M / 8; j++) {
-      const float2 delta = load_shared(delta_at + j * 32);
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        if constexpr (M == 128) {
-          const uint32_t both = pr[j / 2][j % 2 * 2 + h];
-          s[j * 4 + h * 2] = __uint_as_float(both << 16), s[j * 4 + h * 2 + 1] = __uint_as_float(both & 0xffff0000u);
-        }
-        dr[j / 2][j % 2 * 2 + h] = pack(s[j * 4 + h * 2] * (d[j * 4 + h * 2] - delta.x), s[j * 4 + h * 2 + 1] * (d[j * 4 + h * 2 + 1] - delta.y));
-      }
+    for (int i = 0; i < 4; i++) {
+      const float2 delta = load_shared(delta_at + i / 2 * 32);
+      const int x = kk * 8 + i * 2;
+      dr[kk][i] = pack(s[x] * (d[x] - delta.x), s[x + 1] * (d[x + 1] - delta.y));
     }
-#pragma unroll
-    for (int kk = 0; kk < M / 16; kk++) hold(dr[kk]);
+    hold(dr[kk]);
   };
 
   hold(s), hold(d), hold(dq), hold(dk), hold(dv);
@@ -324,13 +277,19 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
     wgmma_wait<1>();
     hold(s);
     probabilities(at);
-    if constexpr (M == 128) pack_p();
     wgmma_wait<0>();
     hold(d);
-    if constexpr (M == 64) pack_p();
-    wgmma_fence();
-    gradient(dv, pr, base + C::AT_DO + stage * C::ROWS);
-    scores_gradient(stage);
+    if constexpr (M == 64) {  // dV's product beside the making of dS
+#pragma unroll
+      for (int kk = 0; kk < M / 16; kk++) pack_p(kk);
+      wgmma_fence();
+      gradient(dv, pr, base + C::AT_DO + stage * C::ROWS);
+    }
+#pragma unroll
+    for (int kk = 0; kk < M / 16; kk++) {
+      if constexpr (M == 128) pack_p(kk);
+      scores_gradient(kk, stage);
+    }
     const uint32_t ds_buffer = (t & 1) * C::DS;
 #pragma unroll
     for (int kk = 0; kk < M / 16; kk++) stmatrix_trans(ds_at + ds_buffer + kk * 2048, dr[kk]);
@@ -341,11 +300,17 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
 #pragma unroll
     for (int kk = 0; kk < 8; kk++) Wgmma<DQ_COLUMNS>::template ss<0, 1>(dq, left + kk / 4 * (M * 128 / 16) + kk % 4 * 2, k_dims + nothing + kk * 128, kk > 0);
     wgmma_commit();
+    if constexpr (M == 128) gradient(dv, pr, base + C::AT_DO + stage * C::ROWS);  // beside dQ's way to memory
     gradient(dk, dr, base + C::AT_Q + stage * C::ROWS);
-    wgmma_wait<1>();
+    wgmma_wait<M == 128 ? 2 : 1>();
     hold(dq);
-    if (lane == 0) mbarrier_arrive(empty_do + 8 * stage);
+    if constexpr (M == 64)
+      if (lane == 0) mbarrier_arrive(empty_do + 8 * stage);
     put_dq();
+    if constexpr (M == 128) {
+      wgmma_wait<1>();
+      if (lane == 0) mbarrier_arrive(empty_do + 8 * stage);
+    }
     wgmma_wait<0>();
     if (lane == 0) mbarrier_arrive(empty_q + 8 * stage);
     at.next<STAGES>(group);
