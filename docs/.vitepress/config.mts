@@ -40,7 +40,7 @@ export default defineConfig({
         ],
       },
       group('Packages', 'packages', packages, (name) => `@lc/${name}`),
-      group('Examples', 'examples', examples),
+      { ...group('Examples', 'examples', examples), link: '/examples/' },
       { text: 'API', collapsed: true, items: apiSidebar() },
     ],
   },

@@ -25,6 +25,7 @@ export const pages = new Map([
   ...readdirSync(docs)
     .filter((file) => file.endsWith('.md'))
     .map((file) => [`docs/${file}`, file]),
+  ['examples/README.md', 'examples/index.md'],
   ...packages.map((name) => [`packages/${name}/README.md`, `packages/${name}.md`]),
   ...examples.map((name) => [`examples/${name}/README.md`, `examples/${name}.md`]),
   ...labs.map(([name, file]) => [`packages/${name}/native/${file}`, `lab/${name}-${file.toLowerCase()}`]),
