@@ -16,17 +16,18 @@
 
 namespace lctx::cuda {
 
-/* BM x BN of c per block, k in steps of BK, STAGES tiles in flight, at least CTAS blocks on a multiprocessor. The first copy of a stage follows after FIRST x 4 of a step's products. */
-template <int BM_, int BN_, int BK_, int STAGES_, int CTAS_, int FIRST_ = 2>
+/* BM x BN of c per block, k in steps of BK, STAGES tiles in flight, at least CTAS blocks on a multiprocessor. The first copy of a stage follows after FIRST x 4 of a step's products; tiles come in bands of
+ * BAND rows. */
+template <int BM_, int BN_, int BK_, int STAGES_, int CTAS_, int FIRST_ = 2, int BAND_ = kGroupRows>
 struct GemmTile {
-  static constexpr int FIRST = FIRST_;
+  static constexpr int FIRST = FIRST_, BAND = BAND_;
   static constexpr int BM = BM_, BN = BN_, BK = BK_, STAGES = STAGES_, CTAS = CTAS_;
   static constexpr int WARPS_N = BN / 64, THREADS = BM / 64 * WARPS_N * 32;
   static constexpr int STAGE_BYTES = (BM + BN) * BK * 2, SMEM = STAGES * STAGE_BYTES;
 };
-using GemmDeep = GemmTile<256, 128, 64, 3, 1, 4>; /* 144 KiB: 5 to 8% faster than */
-using GemmLarge = GemmTile<256, 128, 32, 4, 1>;    /* 96 KiB */
-using GemmSmall = GemmTile<128, 128, 32, 4, 2>;    /* 64 KiB */
+using GemmDeep = GemmTile<256, 128, 64, 3, 1, 8, 1024>; /* 144 KiB: 5 to 8% faster than */
+using GemmLarge = GemmTile<256, 128, 32, 4, 1>;          /* 96 KiB */
+using GemmSmall = GemmTile<128, 128, 32, 4, 2>;          /* 64 KiB */
 
 namespace gemm_detail {
 
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(T::THREADS, T::CTAS) gemm_kernel(const __grid_
   // The next tile from `index` on that has anything to do; `index` moves there.
   auto seek = [&](uint32_t& index, TileOf* tile) {
     for (; index < tiles; index += gridDim.x)
-      if (find_tile<T::BM, T::BN>(p, index, tile)) return true;
+      if (find_tile<T::BM, T::BN, T::BAND>(p, index, tile)) return true;
     return false;
   };
 

@@ -39,11 +39,11 @@ struct TileGrid {
   }
 };
 
-/* The tile of number `index` of TileGrid::count. All lanes of a warp must call it. False: there is nothing to do. */
-template <int BM, int BN>
+/* The tile of number `index` of TileGrid::count, in bands of BAND rows. All lanes of a warp must call it. False: there is nothing to do. */
+template <int BM, int BN, int BAND = kGroupRows>
 __device__ __forceinline__ bool find_tile(const GemmLaunch& p, uint32_t index, TileOf* t) {
   const TileGrid<BM, BN> grid(p);
-  constexpr uint32_t GROUP = kGroupRows / BM;
+  constexpr uint32_t GROUP = BAND / BM;
   const uint32_t per_product = grid.tiles_n * grid.tiles_m, product = index / per_product, local = index % per_product;
   const uint32_t per_group = GROUP * grid.tiles_n, group = local / per_group, in_group = local % per_group;
   const uint32_t size = min(grid.tiles_m - group * GROUP, GROUP);
