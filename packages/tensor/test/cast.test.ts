@@ -38,7 +38,7 @@ describe('casts', () => {
       2.98e-8,
       2.99e-8,
       6.1e-5,
-      3.14159,
+      Math.PI,
       1e-4,
       -0.333,
       ...randomNormal(20, 1),
