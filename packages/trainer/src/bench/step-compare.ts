@@ -75,7 +75,7 @@ export interface ChunkCheck {
   worstError: number;
   worstName: string;
   parameters: number;
-  /** What rounding alone makes of it, on a GPU: the first run again with the portable GEMM, which adds in another order. */
+  /** What rounding alone makes of it, on a Hopper GPU: the first run again with the portable attention (other tiles, and so another rounding of P) and GEMM. */
   noise?: { loss: number; medianError: number; worstError: number };
 }
 
@@ -86,8 +86,8 @@ interface Gradients {
 }
 
 /**
- * Loss and gradients at two chunk sizes, from the same parameters; on a GPU beside those of the first chunk size with products rounded otherwise, so that the reader sees what bf16's
- * noise is for this model and length. @throws ERR_LC_PLAN, ERR_LC_OUT_OF_MEMORY
+ * Loss and gradients at two chunk sizes, from the same parameters; on a GPU beside those of the first chunk size on the portable kernels, which round otherwise, so that the reader sees what
+ * bf16's noise is for this model and length (on a GPU that has no other attention kernels it tells less). @throws ERR_LC_PLAN, ERR_LC_OUT_OF_MEMORY
  */
 export async function checkChunk(model: CausalLM, c: StepCase, other: number, io: StepIo): Promise<ChunkCheck> {
   const run = async (chunk: number | undefined): Promise<Gradients> => {
@@ -117,17 +117,19 @@ export async function checkChunk(model: CausalLM, c: StepCase, other: number, io
     parameters: first.gradients.size,
   };
   if (!model.device.startsWith('cuda')) return result;
-  const chosen = process.env.LCTX_GEMM;
-  process.env.LCTX_GEMM = 'portable';
+  const chosen = KERNELS.map((name) => process.env[name]);
+  for (const name of KERNELS) process.env[name] = 'portable';
   try {
     const again = await run(first.chunk);
     const { medianError, worstError } = errorsBetween(again, first);
     return { ...result, noise: { loss: again.loss, medianError, worstError } };
   } finally {
-    if (chosen === undefined) delete process.env.LCTX_GEMM;
-    else process.env.LCTX_GEMM = chosen;
+    for (const [i, name] of KERNELS.entries())
+      if (chosen[i] === undefined) delete process.env[name];
+      else process.env[name] = chosen[i];
   }
 }
+const KERNELS = ['LCTX_ATTENTION', 'LCTX_GEMM'] as const;
 
 function errorsBetween(got: Gradients, want: Gradients): { medianError: number; worstError: number; worstName: string } {
   const errors = [...want.gradients].map(([name, a]) => ({ name, error: relativeError(got.gradients.get(name) as Float32Array, a) }));

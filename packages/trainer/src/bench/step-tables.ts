@@ -99,7 +99,7 @@ export function checkTable(rows: readonly Row[]): Table {
       ['median', (r) => (r.medianError as number).toExponential(1)],
       ['worst', (r) => (r.worstError as number).toExponential(1)],
       ['of', text('worstName')],
-      ['rounding alone (portable GEMM): loss', (r) => noise(r)?.loss.toFixed(6) ?? ''],
+      ['rounding alone (portable attention and GEMM): loss', (r) => noise(r)?.loss.toFixed(6) ?? ''],
       ['median', (r) => noise(r)?.medianError.toExponential(1) ?? ''],
       ['worst', (r) => noise(r)?.worstError.toExponential(1) ?? ''],
     ],
