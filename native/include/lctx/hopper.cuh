@@ -120,6 +120,17 @@ __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.w
 template <int N>
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory"); }
 
+// ---- shared memory by its shared address ---------------------------------------------------------------------------------------------------------------------------------
+/* Four 8 x 8 blocks of 16 bits, transposed; lane l names a row of 16 bytes of block l / 8. */
+__device__ __forceinline__ void stmatrix_trans(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+__device__ __forceinline__ float2 load_shared(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+  return v;
+}
+
 // ---- warpgroup products: d (64 x N, f32) = [d +] A (64 x 16, bf16) B (16 x N, bf16) ---------------------------------------------------------------------------------------
 /* Descriptor of an operand in shared memory as copies with CU_TENSOR_MAP_SWIZZLE_128B leave it: rows of 128 bytes (64 bf16), 16-byte chunk c of row r at chunk c ^ (r & 7),
  * at a multiple of 1,024 bytes.

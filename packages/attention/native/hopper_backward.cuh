@@ -45,16 +45,8 @@ struct HopperBackwardConfig {
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-__device__ __forceinline__ void stmatrix_trans(uint32_t address, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
-}
 __device__ __forceinline__ void store_shared(uint32_t address, float a, float b, float c, float d) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
-__device__ __forceinline__ float2 load_shared(uint32_t address) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
-  return v;
 }
 __device__ __forceinline__ int load_acquire(const int* p) {
   int v;
@@ -107,16 +99,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
   __syncthreads();
   const int item = *ticket, kv_head = item / a.run % p.kv_heads, key_tile = a.first_tile + item / (a.run * p.kv_heads) * a.run + item % a.run, key0 = key_tile * N;
   const int begin = max(0, key0 - p.start) / M;  // query tiles
-  int end = a.tiles;
-  {  // up to the first whose first key lies beyond
-    int low = begin, high = max(begin, end);
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (a.low[middle] > key_tile) high = middle;
-      else low = middle + 1;
-    }
-    end = low;
-  }
+  const int end = first_above(a.low, begin, max(begin, a.tiles), key_tile);  // the first whose first key lies beyond
   if (begin >= end || key0 >= p.start + p.n) return;
   const int group = p.group, head0 = kv_head * group, steps = (end - begin) * group;
 

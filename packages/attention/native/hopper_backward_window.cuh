@@ -41,14 +41,6 @@ struct HopperWindowConfig {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 namespace windowed {
-__device__ __forceinline__ void stmatrix_trans(uint32_t address, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
-}
-__device__ __forceinline__ float2 load_pair(uint32_t address) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
-  return v;
-}
 __device__ __forceinline__ int2 load_ints(uint32_t address) {
   int2 v;
   asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
@@ -310,7 +302,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_window_kernel(const __gr
     if (seen) {
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        const float2 lse = load_pair(row_info + column * 4 + j * 32);
+        const float2 lse = load_shared(row_info + column * 4 + j * 32);
 #pragma unroll
         for (int e = 0; e < 4; e++) s[j * 4 + e] = exp2_fast(fmaf(s[j * 4 + e], c, -(e % 2 ? lse.y : lse.x)));
       }
@@ -352,7 +344,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_window_kernel(const __gr
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int at = kk * 8 + i * 2;
-        const float2 delta = load_pair(row_info + 256 + column * 4 + at / 4 * 32);
+        const float2 delta = load_shared(row_info + 256 + column * 4 + at / 4 * 32);
         dr[i] = pack(__uint_as_float(pr[kk][i] << 16) * (s[at] - delta.x), __uint_as_float(pr[kk][i] & 0xffff0000u) * (s[at + 1] - delta.y));
       }
       stmatrix_trans(ds_at + ds + kk * 2048, dr);

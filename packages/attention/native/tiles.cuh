@@ -167,19 +167,21 @@ __device__ __forceinline__ int first_key(const Problem& p, int i) {
   return min(low, p.start + i);
 }
 
+/* The first i of [low, high) with values[i] above `value`, or high; values do not decrease. */
+__device__ __forceinline__ int first_above(const int* values, int low, int high, int value) {
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (values[middle] > value) high = middle;
+    else low = middle + 1;
+  }
+  return low;
+}
+
 /* One past the last query, from `begin` on, that sees any key up to `last_key`. */
 __device__ __forceinline__ int end_of_queries(const Problem& p, int begin, int last_key) {
   int end = p.n;
   if (p.window > 0) end = static_cast<int>(min(static_cast<int64_t>(end), static_cast<int64_t>(last_key) + p.window - p.start));
-  if (p.doc_start) {  // non-decreasing: up to the first document that begins after the keys
-    int low = begin, high = max(end, begin);
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (p.doc_start[middle] > last_key) high = middle;
-      else low = middle + 1;
-    }
-    end = low;
-  }
+  if (p.doc_start) end = first_above(p.doc_start, begin, max(end, begin), last_key);  // up to the first document that begins after the keys
   return end;
 }
 

@@ -242,7 +242,7 @@ __device__ __forceinline__ void store(float (&acc)[N / 2], const GemmLaunch& p, 
 #pragma unroll
         for (int h = 0; h < 4; h++) r[h] = pack(p.alpha * acc[v + h * 2], p.alpha * acc[v + h * 2 + 1]);
       }
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+      stmatrix_trans(address, r);
     }
     bar_sync(1 + group, 128);
 #pragma unroll
