@@ -5,6 +5,7 @@
 import { attentionBackward, attentionForward, type RopeTable, reference, ropeBackward, ropeForward, ropeInit } from '@lc/attention';
 import { copy, type DType, devices, empty, fill, fromTypedArray, Scope, type Tensor, Workspace, zeros } from '@lc/tensor';
 import { randomNormal as random } from '../../packages/tensor/src/seeded.js';
+import { chooseKernels } from '../../packages/trainer/src/bench/kernels.js';
 import { assert, largeTest, test, thin } from './harness.js';
 import { values } from './numbers.js';
 
@@ -189,14 +190,8 @@ function expectation(p: Problem): { want: Results; plain: Plain } {
 const onHopper = devices().some((d) => d.device === 'cuda:0' && d.computeCapability === '9.0') && !process.env.LCTX_SMEM_LIMIT;
 const paths = onHopper ? ['', 'portable'] : [''];
 async function onPath<T>(path: string, fn: () => Promise<T>): Promise<T> {
-  const before = process.env.LCTX_ATTENTION;
-  if (path) process.env.LCTX_ATTENTION = path;
-  try {
-    return await fn();
-  } finally {
-    if (before === undefined) delete process.env.LCTX_ATTENTION;
-    else process.env.LCTX_ATTENTION = before;
-  }
+  using _ = chooseKernels(path ? { LCTX_ATTENTION: path } : {});
+  return await fn();
 }
 
 /** f32 sums in another order (and dk, dv that begin at 1) are off by some 1e-6 of what they add. */

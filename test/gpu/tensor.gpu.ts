@@ -32,6 +32,7 @@ import {
   zeros,
 } from '@lc/tensor';
 import { randomNormal as random } from '../../packages/tensor/src/seeded.js';
+import { chooseKernels } from '../../packages/trainer/src/bench/kernels.js';
 import { assert, largeTest, small, test, thin } from './harness.js';
 
 const count = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
@@ -370,12 +371,8 @@ function gemmReference(
 function gemmTest(name: string, fn: () => Promise<void>): void {
   for (const kernel of ['portable', 'best'] as const)
     test(`${name}, ${kernel} kernel`, async () => {
-      if (kernel !== 'best') process.env.LCTX_GEMM = kernel;
-      try {
-        await fn();
-      } finally {
-        delete process.env.LCTX_GEMM;
-      }
+      using _ = chooseKernels(kernel === 'best' ? {} : { LCTX_GEMM: kernel });
+      await fn();
     });
 }
 

@@ -6,6 +6,7 @@ import { deviceMemory, devices } from '@lc/tensor';
 import { openSafetensors } from '@lc/tensor/safetensors';
 import { expectNoLeaks } from '@lc/tensor/testing';
 import { afterAll, afterEach, describe, expect, it, vi } from 'vitest';
+import { chooseKernels } from '../src/bench/kernels.js';
 import { program, runProgram } from '../src/cli/program.js';
 
 expectNoLeaks();
@@ -245,4 +246,20 @@ describe('lc bench of kernels', () => {
     expect(out).toMatch(/^CPU, \d+ threads; f32; /);
     expect(out.split('\n').filter((line) => line.startsWith('|')).length).toBeGreaterThan(2);
   });
+});
+
+it('a choice of kernels ends where it was made, whatever stood before and however it ends', () => {
+  process.env.LCTX_GEMM = 'hopper';
+  delete process.env.LCTX_ATTENTION;
+  try {
+    expect(() => {
+      using _ = chooseKernels({ LCTX_ATTENTION: 'portable', LCTX_GEMM: 'portable' });
+      expect([process.env.LCTX_ATTENTION, process.env.LCTX_GEMM]).toEqual(['portable', 'portable']);
+      throw new Error('a launch failed');
+    }).toThrow('a launch failed');
+    expect(process.env.LCTX_GEMM).toBe('hopper');
+    expect('LCTX_ATTENTION' in process.env).toBe(false);
+  } finally {
+    delete process.env.LCTX_GEMM;
+  }
 });

@@ -2,6 +2,7 @@
 import { cublasLt, type DeviceLike, gemm, Scope, type Tensor } from '@lc/tensor';
 import { noise } from './bandwidth.js';
 import { Clock, median } from './clock.js';
+import { chooseKernels } from './kernels.js';
 import { fixed, newReport, type Report, type Row, text } from './report.js';
 
 const shapes = {
@@ -20,14 +21,8 @@ const shapes = {
 
 /** Launches with the portable kernel alone, as on a card that has no other. */
 export function portable(launch: () => void): void {
-  const before = process.env.LCTX_GEMM;
-  process.env.LCTX_GEMM = 'portable';
-  try {
-    launch();
-  } finally {
-    if (before === undefined) delete process.env.LCTX_GEMM;
-    else process.env.LCTX_GEMM = before;
-  }
+  using _ = chooseKernels({ LCTX_GEMM: 'portable' });
+  launch();
 }
 
 /** The backends take turns in rounds of about `flopPerRound`, so that clocks and heat are the same for both; `best` is the fastest of three short rounds from a cool start. */

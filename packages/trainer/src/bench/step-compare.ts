@@ -2,6 +2,7 @@
 import { type CausalLM, fillRandom } from '@lc/models';
 import { copy, empty } from '@lc/tensor';
 import { median } from './clock.js';
+import { chooseKernels } from './kernels.js';
 import { applyCaps } from './memory-caps.js';
 import type { Optimization, StepCase } from './step-case.js';
 import { isShort, PreparedStep, type StepIo } from './step-run.js';
@@ -117,19 +118,11 @@ export async function checkChunk(model: CausalLM, c: StepCase, other: number, io
     parameters: first.gradients.size,
   };
   if (!model.device.startsWith('cuda')) return result;
-  const chosen = KERNELS.map((name) => process.env[name]);
-  for (const name of KERNELS) process.env[name] = 'portable';
-  try {
-    const again = await run(first.chunk);
-    const { medianError, worstError } = errorsBetween(again, first);
-    return { ...result, noise: { loss: again.loss, medianError, worstError } };
-  } finally {
-    for (const [i, name] of KERNELS.entries())
-      if (chosen[i] === undefined) delete process.env[name];
-      else process.env[name] = chosen[i];
-  }
+  using _ = chooseKernels({ LCTX_ATTENTION: 'portable', LCTX_GEMM: 'portable' });
+  const again = await run(first.chunk);
+  const { medianError, worstError } = errorsBetween(again, first);
+  return { ...result, noise: { loss: again.loss, medianError, worstError } };
 }
-const KERNELS = ['LCTX_ATTENTION', 'LCTX_GEMM'] as const;
 
 function errorsBetween(got: Gradients, want: Gradients): { medianError: number; worstError: number; worstName: string } {
   const errors = [...want.gradients].map(([name, a]) => ({ name, error: relativeError(got.gradients.get(name) as Float32Array, a) }));
