@@ -15,18 +15,31 @@ export interface CompareResult {
   chunk?: number;
   tile?: number;
   lossChunk?: number;
-  /** Seconds of each run, in the order A B A B ...: A with the optimization, B without. */
+  /** Seconds of each pair's runs, with the optimization and without it. */
   withSeconds?: number[];
   withoutSeconds?: number[];
-  /** Median with over median without, less one. */
+  /** Median over the pairs of with / without - 1. */
   overhead?: number;
+  /** Least and most of the pairs. */
+  spread?: [number, number];
+  warnings?: string[];
 }
 
+/** Pairs where none are asked for: about 25 s of them. */
+const pairsFor = (secondsOfPair: number): number => Math.max(3, Math.min(9, Math.round(25 / secondsOfPair)));
+
 /**
- * Steps (forward, loss, backward) with an optimization and without it in turns, all else equal, in memory that both hold at the same time. Checkpoints stay
- * on the device but for 'offload', which sends all of them to the host. The sizes are those that the plan of A chose.
+ * Steps (forward, loss, backward) with an optimization and without it, all else equal, in memory that both hold at the same time: a pair of whole steps that is not
+ * counted (the first step of a length loads kernels, lets libraries choose theirs, and touches memory), then `rounds` pairs; every other one begins with the step without, so that a card that slows down as it
+ * warms favours neither. Checkpoints stay on the device but for 'offload', which sends all of them to the host. The sizes are those that the plan of the step with it chose.
  */
-export async function compare(model: CausalLM, c: StepCase, what: Optimization, rounds: number, io: StepIo): Promise<CompareResult> {
+export async function compare(
+  model: CausalLM,
+  c: StepCase,
+  what: Optimization,
+  rounds: number | undefined,
+  io: StepIo,
+): Promise<CompareResult> {
   const base = { tokens: c.tokens, what };
   const kept = c.host ? c.without : [...new Set<Optimization>([...c.without, 'offload'])];
   const held: PreparedStep[] = [];
@@ -38,15 +51,23 @@ export async function compare(model: CausalLM, c: StepCase, what: Optimization, 
     const without = [...new Set<Optimization>([...(what === 'offload' ? c.without : kept), what])];
     held.push(new PreparedStep(model, { ...c, ...{ chunk, tile, lossChunk, keep: keep.layers }, without }));
     const seconds: [number[], number[]] = [[], []];
-    for (const prepared of held) await timed(prepared, Math.min(c.tokens, 1024), io); // warm
-    for (let round = 0; round < rounds; round++) {
-      for (const [i, prepared] of held.entries()) {
-        io.onProgress?.(`round ${round + 1} of ${rounds}, ${i === 0 ? 'with' : 'without'} ${what}`);
-        seconds[i as 0 | 1].push(await timed(prepared, c.tokens, io));
+    let warm = 0;
+    for (const prepared of held) warm += await timed(prepared, c.tokens, io);
+    const pairs = rounds ?? pairsFor(warm);
+    for (let round = 0; round < pairs; round++) {
+      for (const i of round % 2 === 0 ? ([0, 1] as const) : ([1, 0] as const)) {
+        io.onProgress?.(`pair ${round + 1} of ${pairs}, ${i === 0 ? 'with' : 'without'} ${what}`);
+        seconds[i].push(await timed(held[i] as PreparedStep, c.tokens, io));
       }
     }
-    const [a, b] = seconds;
-    return { ...base, fits: true, chunk, tile, lossChunk, withSeconds: a, withoutSeconds: b, overhead: median(a) / median(b) - 1 };
+    const [withSeconds, withoutSeconds] = seconds;
+    const ratios = withSeconds.map((s, i) => s / (withoutSeconds[i] as number) - 1);
+    const warnings = held.flatMap((prepared) => prepared.warnings);
+    return {
+      ...{ ...base, fits: true, chunk, tile, lossChunk, withSeconds, withoutSeconds },
+      ...{ overhead: median(ratios), spread: [Math.min(...ratios), Math.max(...ratios)] },
+      ...(warnings.length > 0 ? { warnings } : {}),
+    };
   } catch (error) {
     if (!isShort(error)) throw error;
     return { ...base, fits: false, reason: error.message };

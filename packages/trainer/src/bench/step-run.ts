@@ -179,7 +179,10 @@ export class PreparedStep implements Disposable {
   }
 }
 
-/** A warm-up of at most 1,024 tokens, then the timed step: forward, loss, backward, clip, AdamW. Device and host memory are given back. */
+/** Most tokens of a warm-up. */
+const WARM = 16384;
+
+/** A warm-up of one chunk, which loads the kernels of these sizes and lets libraries choose theirs, then the timed step: forward, loss, backward, clip, AdamW. Device and host memory are given back. */
 export async function runStep(model: CausalLM, c: StepCase, io: StepIo): Promise<StepResult> {
   const base = { tokens: c.tokens, name: nameOf(c), without: c.without, probe: c.probe ?? false };
   let prepared: PreparedStep | undefined;
@@ -206,7 +209,7 @@ async function measure(
   const { plan, session } = reservation;
   const onGpu = model.device.startsWith('cuda');
   optimizer.zeroGrad();
-  await prepared.step(Math.min(c.tokens, 1024), undefined, signal);
+  await prepared.step(Math.min(c.tokens, plan.chunk, WARM), undefined, signal);
   optimizer.zeroGrad();
   await session.schedule.profile();
   await prepared.sync();

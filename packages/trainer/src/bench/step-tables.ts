@@ -1,6 +1,6 @@
 /** How results of steps are printed. */
 import { count, fixed, gibibytes, type Row, type Table, text } from './report.js';
-import type { ChunkCheck } from './step-compare.js';
+import type { ChunkCheck, CompareResult } from './step-compare.js';
 import type { StepResult } from './step-run.js';
 import type { SearchResult } from './step-search.js';
 
@@ -76,18 +76,22 @@ export function compareTable(rows: readonly Row[]): Table {
     (row: Row): string =>
       (row[key] as number[] | undefined)?.map((s) => s.toFixed(3)).join(', ') ?? '';
   return {
-    title: 'Paired steps in turns, with and without',
+    title: 'Pairs of steps with and without, after one pair that is not counted; every other pair begins without',
     columns: [
       ['tokens', tokens],
       ['optimization', text('what')],
       ['chunk / tile / loss chunk', (r) => (r.chunk === undefined ? '' : `${r.chunk} / ${r.tile} / ${r.lossChunk}`)],
       ['with, s', list('withSeconds')],
       ['without, s', (r) => (r.fits ? list('withoutSeconds')(r) : `does not fit: ${r.reason as string}`)],
-      ['overhead (medians)', (r) => (r.overhead === undefined ? '' : `${(100 * (r.overhead as number)).toFixed(2)}%`)],
+      ['overhead: median of the pairs (least, most)', (r) => (r.overhead === undefined ? '' : overheadOf(r as Row & CompareResult))],
     ],
     rows,
   };
 }
+
+const percent = (share: number | undefined): string => (share === undefined ? '' : `${(100 * share).toFixed(2)}%`);
+const overheadOf = ({ overhead, spread }: CompareResult): string =>
+  `${percent(overhead)} (${percent(spread?.[0])}, ${percent(spread?.[1])})`;
 
 export function checkTable(rows: readonly Row[]): Table {
   return {

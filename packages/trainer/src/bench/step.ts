@@ -21,6 +21,7 @@ export interface StepBenchOptions extends Omit<BuildOptions, 'vram' | 'ram'> {
   /** Probe nothing longer. */
   most?: number | undefined;
   compare?: Optimization | undefined;
+  /** Pairs of `compare`. Default: 3 to 9, by how long one takes. */
   rounds?: number | undefined;
   /** A second chunk size, whose loss and gradients must agree. */
   checkChunk?: number | undefined;
@@ -75,7 +76,7 @@ async function build(name: string, device: DeviceLike, o: BuildOptions): Promise
       `${o.model}, ${model.layers.length} layers, random weights (${gibibytes(deviceMemory(device).liveBytes)} with optimizer), LoRA r 8 on q, k, v, o: ${count(trainable)} parameters. ` +
         `Work: 3 x ${(flops.linear / 1e9).toFixed(2)} GFLOP for the linears and ${(flops.head / 1e9).toFixed(2)} for the head per token, and 4.5 x attention forward (3.5 where its output is kept). ` +
         'The floor takes 750 TFLOP/s for the first two and 450 for attention; TFLOP/s counts the same work. ' +
-        'AdamW runs with a learning rate of 0, so that every run starts from the same parameters. A warm-up of at most 1,024 tokens comes first.',
+        'AdamW runs with a learning rate of 0, so that every run starts from the same parameters. A warm-up of one chunk (of at most 16,384 tokens) comes first.',
     );
     const io: StepIo = { optimizer, onProgress: (text) => ticker.tell(text), ...(o.signal ? { signal: o.signal } : {}) };
     return { model, report, io, ticker, [Symbol.dispose]: () => scope.dispose() };
@@ -114,10 +115,11 @@ export async function benchStep(device: DeviceLike, o: StepBenchOptions): Promis
     const c: StepCase = { ...o.shared, tokens };
     ticker.about(`${count(tokens)} tokens`);
     let row: StepResult | CompareResult | (Awaited<ReturnType<typeof checkChunk>> & { fits: true });
-    if (o.compare) row = await compare(model, c, o.compare, o.rounds ?? 2, io);
+    if (o.compare) row = await compare(model, c, o.compare, o.rounds, io);
     else if (o.checkChunk !== undefined) row = { ...(await checkChunk(model, c, o.checkChunk, io)), fits: true };
     else row = await runStep(model, c, io);
     fits &&= row.fits;
+    if (o.compare) for (const warning of (row as CompareResult).warnings ?? []) report.notes.push(`${count(tokens)} tokens: ${warning}`);
     add(row);
   }
   return { report, fits };

@@ -168,7 +168,7 @@ export function addBench(lc: Command): void {
     .option('--probe', 'memory probe: all layers reserved, two executed')
     .option('--search', 'with --probe: the longest length that fits', false)
     .addOption(new Option('--compare <optimization>', 'paired runs with and without it').choices([...optimizations]))
-    .option('--rounds <n>', 'pairs of --compare', '2')
+    .option('--rounds <n>', 'pairs of --compare; default 3 to 9, by how long one takes')
     .option('--check-chunk <n>', 'loss and gradients against those of another chunk size')
     .action(stepCommand);
   model('table1', 'longest length and memory by optimization, one more in each row', 'length of the whole steps')
