@@ -107,17 +107,54 @@ describe('TrainingSession', () => {
     expect(none).toBe(0);
     const perToken = Math.max(...model.layers.map((layer) => layer.keepBytes('f32')));
     for (const storeOptions of [{}, { deviceBytes: 0 }, { deviceBytes: 0, layersPerSegment: 2 }]) {
-      for (const keep of [{}, { deviceBytes: 0 }, { layers: 1, deviceBytes: 20 * perToken }]) {
+      for (const [keep, tokens, chunks] of [
+        [{}, 63, 4],
+        [{ deviceBytes: 0 }, 63, 4],
+        [{ layers: 1, deviceBytes: 20 * perToken }, 63, 4],
+        [{ tokens: 40 }, 31, 2], // the last chunk of 15 and one of 16: whole chunks
+        [{ tokens: 62, deviceBytes: 0 }, 47, 3],
+        [{ tokens: 14 }, 0, 0],
+      ] as const) {
         const [got, fewer, kept] = await run({ storeOptions, keep });
         expect(got).toEqual(want);
-        const layers = keep.layers ?? full;
-        expect(kept).toBe(63 * perToken * layers);
-        // Each kept layer saves its four chunks in backward; a segment's recomputed layers come on top.
-        if (!storeOptions.layersPerSegment) expect(calls - fewer).toBe(4 * layers);
+        const layers = 'layers' in keep ? keep.layers : full;
+        expect(kept).toBe(tokens * perToken * layers);
+        // Each kept layer saves its kept chunks in backward; a segment's recomputed layers come on top.
+        if (!('layersPerSegment' in storeOptions)) expect(calls - fewer).toBe(chunks * layers);
       }
     }
     attend.mockRestore();
     await expect(run({ keep: { layers: -1 } })).rejects.toMatchObject({ code: 'ERR_LC_ARGUMENT' });
+    await expect(run({ keep: { tokens: 1.5 } })).rejects.toMatchObject({ code: 'ERR_LC_ARGUMENT' });
+  });
+
+  it('keeps the last tokens of shorter sequences as well, in the memory of the longest', async () => {
+    using model = await withAdapter('gpt-oss');
+    const full = model.layers.filter((layer) => layer.keepBytes('f32') > 0).length;
+    const attend = vi.spyOn(DecoderLayer.prototype as unknown as { attend: () => void }, 'attend');
+    const sequences = [packed([63]), packed([48]), packed([30, 19]), packed([64]), packed([17]), packed([9])];
+    const run = async (keep: TrainingSessionOptions['keep']): Promise<{ gradients: Float32Array[][]; calls: number[] }> => {
+      using ws = new Workspace();
+      using session = new TrainingSession({ model, tokens: 65, chunk: 16, lossChunk: 8, ws, ...(keep ? { keep } : {}) });
+      const result = { gradients: [] as Float32Array[][], calls: [] as number[] };
+      for (const sequence of sequences) {
+        zero(model.parameters);
+        attend.mockClear();
+        await session.step(sequence);
+        result.gradients.push(gradients(model.parameters));
+        result.calls.push(attend.mock.calls.length);
+      }
+      return result;
+    };
+    const want = await run(undefined);
+    // Of 65 tokens 33 are kept: the last two whole chunks and the one token behind them. Sequences of 63 and 64 have room for their last two chunks, of 49 for the last three.
+    const got = await run({ tokens: 33 });
+    expect(got.gradients).toEqual(want.gradients);
+    expect(want.calls.map((calls, i) => (calls - (got.calls[i] as number)) / full)).toEqual([2, 2, 3, 2, 2, 1]);
+    const little = await run({ tokens: 1 }); // room for one token: of 65 and 49 only
+    expect(little.gradients).toEqual(want.gradients);
+    expect(want.calls.map((calls, i) => (calls - (little.calls[i] as number)) / full)).toEqual([0, 0, 1, 0, 1, 0]);
+    attend.mockRestore();
   });
 
   it('tells the layers whether to be deterministic; on the CPU they are', async () => {

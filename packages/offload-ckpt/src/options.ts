@@ -24,7 +24,14 @@ export interface SequenceOptions {
 
 /** How much of what layers offer is kept, and where. */
 export interface KeepOptions {
+  /** The last so many layers of those that offer something. Default: all. */
   layers?: number;
+  /**
+   * Of each of them the last so many tokens of the sequence, in whole chunks. Default: all. With causal attention the last tokens cost most to compute again: the last
+   * half of the tokens has three quarters of the pairs of query and key.
+   */
+  tokens?: number;
+  /** Bytes on the device; the rest lies on the host. Default: all. */
   deviceBytes?: number;
 }
 
@@ -45,7 +52,8 @@ export interface LayerScheduleOptions {
   storeOptions?: Omit<StoreOptions, 'layers' | 'tokens' | 'chunk' | 'width'>;
   /**
    * Keep what layers offer to keep from forward to backward (`Layer.keepBytes`; a decoder layer's attention output and log-sum-exp), so that backward does
-   * not compute it again: the last `layers` of those that offer it (default all), `deviceBytes` of it on the device (default all), the rest on the host.
+   * not compute it again: the last `layers` of those that offer it (default all), of each the last `tokens` (default all), `deviceBytes` of it on the device (default
+   * all), the rest on the host.
    * Default: nothing is kept.
    */
   keep?: KeepOptions;

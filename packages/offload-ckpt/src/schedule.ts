@@ -36,6 +36,7 @@ export class LayerSchedule implements Disposable {
   private evaluationSpans: Span[] = [];
   private passes!: Passes;
   private layersOfPasses = 0;
+  private keptFromOfPasses = 0;
   private phase: 'idle' | 'forward' | 'loss' = 'idle';
   private running = false;
 
@@ -107,8 +108,10 @@ export class LayerSchedule implements Disposable {
     }
     this.reset(tokens);
     const chunks = Math.ceil(tokens / this.store.chunk);
-    if (chunks !== this.sequenceSpans.length || layers !== this.layersOfPasses) {
+    const keptFrom = this.kept?.from ?? 0;
+    if (chunks !== this.sequenceSpans.length || layers !== this.layersOfPasses || keptFrom !== this.keptFromOfPasses) {
       this.layersOfPasses = layers;
+      this.keptFromOfPasses = keptFrom;
       this.passes = buildPasses(this.store, {
         ...{ layers, chunks, verify: this.check !== null, evaluateOnly: this.evaluateOnly },
         keptRow: (layer) => this.kept?.row(layer) ?? null,
@@ -268,7 +271,7 @@ export class LayerSchedule implements Disposable {
 
   private reset(tokens: number): void {
     this.store.reset(tokens);
-    this.kept?.store.reset(tokens);
+    this.kept?.reset(tokens);
   }
 
   private refuseWhileRunning(): void {

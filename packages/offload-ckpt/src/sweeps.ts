@@ -54,16 +54,16 @@ export interface PassOptions {
   verify: boolean;
   /** The store has one checkpoint row, whatever the number of layers: only `forwardOnly` has a plan. */
   evaluateOnly: boolean;
-  /** What a layer keeps, by chunk, or null. */
-  keptRow: (layer: number) => readonly StoredChunk[] | null;
+  /** What a layer keeps, by chunk, or null where it keeps nothing. */
+  keptRow: (layer: number) => readonly (StoredChunk | null)[] | null;
 }
 
 export function buildPasses(store: ActivationStore, { layers, chunks, verify, evaluateOnly, keptRow }: PassOptions): Passes {
   const k = store.plan.layersPerSegment;
   const rows = store.plan.segments;
   const segments = Math.ceil(layers / k); // fewer than rows in a probe of the first layers
-  const at = (row: readonly StoredChunk[] | null, c: number): StoredChunk | null => (row ? (row[c] as StoredChunk) : null);
-  type Row = readonly StoredChunk[] | null;
+  const at = (row: Row, c: number): StoredChunk | null => row?.[c] ?? null;
+  type Row = readonly (StoredChunk | null)[] | null;
 
   /** Where the input of a layer lies; the last layer's output goes where its gradient will be. */
   const inputRow = (layer: number): Row => {
