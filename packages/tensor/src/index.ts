@@ -49,4 +49,5 @@ export {
   toDLPack,
   zeros,
 } from './tensor.js';
+export { type CallTracer, traceCalls } from './typed-addon.js';
 export { type Mark, Workspace, type WorkspaceOptions } from './workspace.js';

@@ -163,6 +163,19 @@ describe('lc bench step', () => {
     expect(row.overhead).toBeLessThanOrEqual(most);
   });
 
+  it('times every op of another step', async () => {
+    const { code, out } = await lc('bench', 'step', ...tiny, '--tokens', '300', '--chunk', '128', '--profile');
+    expect(code).toBe(0);
+    expect(out).toMatch(/Device time by op at 300 tokens: \d+\.\d+ s in [\d,]+ calls/);
+    for (const op of [
+      /\| attention forward, full \| \d+ \|/,
+      /\| attention backward, window \d+ \|/,
+      /\| groupedGemm \d+ x \d+ x \d+ \|/,
+      /\| rmsNorm \|/,
+    ])
+      expect(out).toMatch(op);
+  });
+
   it('holds loss and gradients against those of another chunk size', async () => {
     const row = await rowOf('step', '--tokens', '512', '--chunk', '256', '--check-chunk', '64');
     expect(row).toMatchObject({ chunks: [256, 64], parameters: 32 });

@@ -26,6 +26,8 @@ export interface StepCase {
   ram?: number | undefined;
   /** Time phases and waits for copies. */
   profile?: boolean | undefined;
+  /** After the timed step another one, of which every op is timed. */
+  profileOps?: boolean | undefined;
   /** Execute two layers in the memory of all. */
   probe?: boolean | undefined;
 }

@@ -7,6 +7,7 @@ import { planStep, type Reservation, type ReserveOptions, reserveStep } from '..
 import { Clock } from './clock.js';
 import { stepFlops } from './flops.js';
 import { applyCaps } from './memory-caps.js';
+import { type OpTime, profileOps } from './op-profile.js';
 import { gibibytes } from './report.js';
 import { nameOf, type StepCase, sizesOf } from './step-case.js';
 
@@ -47,6 +48,8 @@ export interface StepResult {
   /** Of the activation store, and all that lc's allocator holds of host memory for copies. */
   hostBytes?: { checkpoints: number; peak: number };
   checkpoints?: { deviceBytes: number; hostBytes: number };
+  /** Of another step: device time by op, the longest first. */
+  ops?: OpTime[];
   /** Plans that did not find the memory they counted on. */
   attempts?: number;
   warnings?: string[];
@@ -226,6 +229,7 @@ async function measure(
   const profile = Object.entries(await session.schedule.profile());
   const layers = c.probe ? Math.min(PROBE_LAYERS, model.layers.length) : model.layers.length;
   const flops = stepFlops(model.config, c.tokens, { layers, kept: plan.keep.layers });
+  const ops = c.profileOps ? await opsOf(prepared, optimizer) : undefined;
   const memory = deviceMemory(model.device);
   const driver = processMemory(model.device);
   return {
@@ -245,9 +249,20 @@ async function measure(
     },
     hostBytes: { checkpoints: plan.checkpoints.hostBytes + plan.keep.hostBytes, peak: deviceMemory('host').peakBytes },
     checkpoints: plan.checkpoints,
+    ...(ops ? { ops } : {}),
     attempts: reservation.attempts.length,
     ...(prepared.warnings.length > 0 ? { warnings: prepared.warnings } : {}),
   };
+}
+
+async function opsOf(prepared: PreparedStep, optimizer: AdamW): Promise<OpTime[]> {
+  optimizer.zeroGrad();
+  const { device } = prepared.model;
+  return profileOps(
+    device,
+    () => prepared.step(prepared.c.tokens),
+    () => prepared.sync(),
+  );
 }
 
 /** Opening a layer forward dequantizes its weights and launches nothing else. */

@@ -89,6 +89,23 @@ export function compareTable(rows: readonly Row[]): Table {
   };
 }
 
+/** Device time by op of one row. */
+export function opTable(row: StepResult): Table {
+  const ops = row.ops ?? [];
+  const total = ops.reduce((sum, { ms }) => sum + ms, 0);
+  return {
+    title: `Device time by op at ${count(row.tokens)} tokens: ${(total / 1000).toFixed(3)} s in ${count(ops.reduce((sum, { calls }) => sum + calls, 0))} calls of another step`,
+    columns: [
+      ['op (products: m x n x k)', text('op')],
+      ['calls', text('calls')],
+      ['ms', fixed('ms', 2)],
+      ['of all', (r) => percent((r.ms as number) / total)],
+      ['ms a call', (r) => ((r.ms as number) / (r.calls as number)).toFixed(3)],
+    ],
+    rows: ops as unknown as Row[],
+  };
+}
+
 const percent = (share: number | undefined): string => (share === undefined ? '' : `${(100 * share).toFixed(2)}%`);
 const overheadOf = ({ overhead, spread }: CompareResult): string =>
   `${percent(overhead)} (${percent(spread?.[0])}, ${percent(spread?.[1])})`;

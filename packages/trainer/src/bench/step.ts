@@ -9,7 +9,7 @@ import { type Optimization, optimizations, type StepCase } from './step-case.js'
 import { type CompareResult, checkChunk, compare, randomizeLoraB } from './step-compare.js';
 import { isShort, runStep, type StepIo, type StepResult } from './step-run.js';
 import { search } from './step-search.js';
-import { checkTable, compareTable, phaseTable, stepTable, table1 as table1Table } from './step-tables.js';
+import { checkTable, compareTable, opTable, phaseTable, stepTable, table1 as table1Table } from './step-tables.js';
 import { Ticker } from './ticker.js';
 
 export interface StepBenchOptions extends Omit<BuildOptions, 'vram' | 'ram'> {
@@ -119,6 +119,7 @@ export async function benchStep(device: DeviceLike, o: StepBenchOptions): Promis
     else if (o.checkChunk !== undefined) row = { ...(await checkChunk(model, c, o.checkChunk, io)), fits: true };
     else row = await runStep(model, c, io);
     fits &&= row.fits;
+    if ('ops' in row) report.tables.push(opTable(row));
     if (o.compare) for (const warning of (row as CompareResult).warnings ?? []) report.notes.push(`${count(tokens)} tokens: ${warning}`);
     add(row);
   }

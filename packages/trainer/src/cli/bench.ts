@@ -43,6 +43,7 @@ interface StepFlags extends Common {
   without?: string;
   host?: boolean;
   deterministic: boolean;
+  profile?: boolean;
   probe?: boolean;
   search: boolean;
   compare?: Optimization;
@@ -70,6 +71,7 @@ async function stepCommand(flags: StepFlags): Promise<void> {
       ram: bytes('--ram', flags.ram),
       host: flags.host,
       nondeterministic: !flags.deterministic,
+      profileOps: flags.profile,
       probe: flags.probe,
     },
     search: flags.search,
@@ -165,6 +167,7 @@ export function addBench(lc: Command): void {
     .option('--without <list>', `do without ${optimizations.join(', ')}`)
     .option('--host', 'every gradient checkpoint in host memory')
     .option('--no-deterministic', 'attention backward in no fixed order of additions')
+    .option('--profile', 'after the timed step another one: device time by op')
     .option('--probe', 'memory probe: all layers reserved, two executed')
     .option('--search', 'with --probe: the longest length that fits', false)
     .addOption(new Option('--compare <optimization>', 'paired runs with and without it').choices([...optimizations]))
