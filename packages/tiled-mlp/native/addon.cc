@@ -71,6 +71,21 @@ GluParams glu_params(const Args& args, View& rows_of) {
   return p;
 }
 
+/* The bias of each row's expert. */
+void glu_bias(const Args& args, GluParams& p) {
+  const View bias = args.optional_cpu("bias", LCTX_F32);
+  if (!bias) return;
+  if (bias.ndim != 2 || !bias.contiguous() || bias.shape[1] != 2 * p.width)
+    args.fail("ERR_LC_SHAPE", "bias: expected contiguous [experts, " + std::to_string(2 * p.width) + "], got " + bias.describe());
+  const View ids = list(args, "ids", LCTX_I32, p.rows), pair_of = list(args, "pairOf", LCTX_I32, p.rows);
+  in_range(args, ids, "ids", p.rows, bias.shape[0]);
+  in_range(args, pair_of, "pairOf", p.rows, p.rows);
+  p.bias = bias.as<float>();
+  p.bias_width = bias.shape[1];
+  p.ids = ids.as<int32_t>();
+  p.pair_of = pair_of.as<int32_t>();
+}
+
 void glu_op(const Napi::CallbackInfo& info) {
   Args args(info, "glu");
   if (to_cuda(args, "out", LCTX_CUDA_OP(glu_op))) return;
@@ -78,17 +93,7 @@ void glu_op(const Napi::CallbackInfo& info) {
   GluParams p = glu_params(args, out);
   p.out = out.as<float>();
   p.ldout = out.row_stride();
-  if (const View bias = args.optional_cpu("bias", LCTX_F32)) {
-    if (bias.ndim != 2 || !bias.contiguous() || bias.shape[1] != 2 * p.width)
-      args.fail("ERR_LC_SHAPE", "bias: expected contiguous [experts, " + std::to_string(2 * p.width) + "], got " + bias.describe());
-    const View ids = list(args, "ids", LCTX_I32, p.rows), pair_of = list(args, "pairOf", LCTX_I32, p.rows);
-    in_range(args, ids, "ids", p.rows, bias.shape[0]);
-    in_range(args, pair_of, "pairOf", p.rows, p.rows);
-    p.bias = bias.as<float>();
-    p.bias_width = bias.shape[1];
-    p.ids = ids.as<int32_t>();
-    p.pair_of = pair_of.as<int32_t>();
-  }
+  glu_bias(args, p);
   glu(p);
 }
 
@@ -99,6 +104,8 @@ void glu_backward_op(const Napi::CallbackInfo& info) {
   GluParams p = glu_params(args, dout);
   p.dout = dout.as<float>();
   p.lddout = dout.row_stride();
+  glu_bias(args, p);
+  if (args.optional("dots")) p.dots = list(args, "dots", LCTX_F32, p.rows).as<float>();
   glu_backward(p);
 }
 
@@ -128,7 +135,7 @@ void route_op(const Napi::CallbackInfo& info) {
 void route_backward_op(const Napi::CallbackInfo& info) {
   Args args(info, "routeBackward");
   if (to_cuda(args, "dlogits", LCTX_CUDA_OP(route_backward_op))) return;
-  const View dlogits = matrix(args, "dlogits"), act = matrix(args, "act"), dact = matrix(args, "dact"), dy = matrix(args, "dy");
+  const View dlogits = matrix(args, "dlogits"), act = optional_matrix(args, "act"), dact = optional_matrix(args, "dact"), dy = matrix(args, "dy");
   const View bias = args.optional_cpu("bias", LCTX_F32), probabilities = optional_matrix(args, "probabilities");
   RouteBackwardParams p{};
   p.tokens = dlogits.shape[0];
@@ -136,10 +143,19 @@ void route_backward_op(const Napi::CallbackInfo& info) {
   p.top_k = args.integer("topK");
   if (p.top_k < 1 || p.top_k > p.experts) args.fail("ERR_LC_ARGUMENT", "topK must be in 1.." + std::to_string(p.experts) + ", got " + std::to_string(p.top_k));
   const int64_t pairs = p.tokens * p.top_k;
-  p.width = act.shape[1];
   p.hidden = dy.shape[1];
-  same_rows(args, act, "act", pairs, p.width);
-  same_rows(args, dact, "dact", pairs, p.width);
+  if (args.optional("dots")) {
+    p.dots = list(args, "dots", LCTX_F32, pairs).as<float>();
+  } else {
+    if (!act || !dact) args.fail("ERR_LC_ARGUMENT", "expected dots, or act and dact");
+    p.width = act.shape[1];
+    same_rows(args, act, "act", pairs, p.width);
+    same_rows(args, dact, "dact", pairs, p.width);
+    p.act = act.as<float>();
+    p.ldact = act.row_stride();
+    p.dact = dact.as<float>();
+    p.lddact = dact.row_stride();
+  }
   same_rows(args, dy, "dy", pairs, p.hidden);
   same_rows(args, probabilities, "probabilities", p.tokens, p.experts);
   if (bias && (bias.ndim != 2 || !bias.contiguous() || bias.shape[0] != p.experts || bias.shape[1] != p.hidden))
@@ -150,10 +166,6 @@ void route_backward_op(const Napi::CallbackInfo& info) {
   p.ids = ids.as<int32_t>();
   p.row_of = row_of.as<int32_t>();
   p.weights = list(args, "weights", LCTX_F32, pairs).as<float>();
-  p.act = act.as<float>();
-  p.ldact = act.row_stride();
-  p.dact = dact.as<float>();
-  p.lddact = dact.row_stride();
   p.dy = dy.as<float>();
   p.lddy = dy.row_stride();
   p.bias = bias.as<float>();

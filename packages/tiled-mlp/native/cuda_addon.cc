@@ -42,25 +42,33 @@ Glu glu_params(const Args& args, const View& rows) {
   return p;
 }
 
+/* The bias of each row's expert. */
+void glu_bias(const Args& args, Glu& p, const View& rows) {
+  const View bias = args.optional("bias");
+  if (!bias) return;
+  if (bias.ndim != 2 || bias.shape[1] != 2 * p.width) args.fail("ERR_LC_SHAPE", "bias: expected [experts, " + std::to_string(2 * p.width) + "], got " + bias.describe());
+  p.bias = device_rows(args, bias, "bias", rows);
+  p.ids = list<int32_t>(args, "ids", LCTX_I32, p.rows, rows);
+  p.pair_of = list<int32_t>(args, "pairOf", LCTX_I32, p.rows, rows);
+}
+
 }  // namespace
 
 void glu_op(const Args& args) {
-  const View out = args.tensor("out"), bias = args.optional("bias");
+  const View out = args.tensor("out");
   Glu p = glu_params(args, out);
   p.out = device_rows(args, out, "out", out);
   p.keep = !args.flag("forwardOnly");
-  if (bias) {
-    if (bias.ndim != 2 || bias.shape[1] != 2 * p.width) args.fail("ERR_LC_SHAPE", "bias: expected [experts, " + std::to_string(2 * p.width) + "], got " + bias.describe());
-    p.bias = device_rows(args, bias, "bias", out);
-    p.ids = list<int32_t>(args, "ids", LCTX_I32, p.rows, out);
-    p.pair_of = list<int32_t>(args, "pairOf", LCTX_I32, p.rows, out);
-  }
+  glu_bias(args, p, out);
   cuda_must(args, glu(p, cuda_stream(args, out)));
 }
 void glu_backward_op(const Args& args) {
   const View dout = args.tensor("dout");
   Glu p = glu_params(args, dout);
   p.dout = device_rows(args, dout, "dout", dout);
+  glu_bias(args, p, dout);
+  if (p.bias.data && !args.optional("dots")) args.fail("ERR_LC_ARGUMENT", "bias: goes with dots alone");
+  if (args.optional("dots")) p.dots = list<float>(args, "dots", LCTX_F32, p.rows, dout);
   cuda_must(args, glu_backward(p, cuda_stream(args, dout)));
 }
 void route_op(const Args& args) {
@@ -84,23 +92,28 @@ void route_op(const Args& args) {
   cuda_must(args, route(p, cuda_stream(args, logits)));
 }
 void route_backward_op(const Args& args) {
-  const View dlogits = args.tensor("dlogits"), act = args.tensor("act"), dact = args.tensor("dact"), dy = args.tensor("dy");
-  const View bias = args.optional("bias"), probabilities = args.optional("probabilities");
-  if (dlogits.ndim != 2 || act.ndim != 2 || dy.ndim != 2) args.fail("ERR_LC_SHAPE", "expected matrices");
+  const View dlogits = args.tensor("dlogits"), act = args.optional("act"), dact = args.optional("dact"), dy = args.tensor("dy");
+  const View bias = args.optional("bias"), probabilities = args.optional("probabilities"), dots = args.optional("dots");
+  if (!dots && (!act || !dact)) args.fail("ERR_LC_ARGUMENT", "expected dots, or act and dact");
+  if (dlogits.ndim != 2 || dy.ndim != 2 || (!dots && act.ndim != 2)) args.fail("ERR_LC_SHAPE", "expected matrices");
   RouteBackward p{};
   p.tokens = dlogits.shape[0];
   p.experts = dlogits.shape[1];
   p.top_k = top_k(args);
-  p.width = act.shape[1];
   p.hidden = dy.shape[1];
   const int64_t pairs = p.tokens * p.top_k;
-  shape(args, act, "act", pairs, p.width);
-  shape(args, dact, "dact", pairs, p.width);
+  if (dots) {
+    p.dots = list<float>(args, "dots", LCTX_F32, pairs, dlogits);
+  } else {
+    p.width = act.shape[1];
+    shape(args, act, "act", pairs, p.width);
+    shape(args, dact, "dact", pairs, p.width);
+    p.act = device_rows(args, act, "act", dlogits);
+    p.dact = device_rows(args, dact, "dact", dlogits);
+  }
   shape(args, dy, "dy", pairs, p.hidden);
   shape(args, bias, "bias", p.experts, p.hidden);
   shape(args, probabilities, "probabilities", p.tokens, p.experts);
-  p.act = device_rows(args, act, "act", dlogits);
-  p.dact = device_rows(args, dact, "dact", dlogits);
   p.dy = device_rows(args, dy, "dy", dlogits);
   p.bias = device_rows(args, bias, "bias", dlogits);
   p.probabilities = device_rows(args, probabilities, "probabilities", dlogits);

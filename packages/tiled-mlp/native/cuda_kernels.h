@@ -13,7 +13,8 @@ struct Glu {
   int64_t rows, width;
   float limit, alpha;
   int32_t activation;
-  bool keep; /* forward with a bias: gate and up are written back with it, which only a backward needs */
+  float* dots; /* backward, may be null: [rows] */
+  bool keep;   /* forward with a bias: gate and up are written back with it, which only a backward needs */
 };
 int glu(const Glu& p, cudaStream_t stream);
 int glu_backward(const Glu& p, cudaStream_t stream);
@@ -21,6 +22,7 @@ int glu_backward(const Glu& p, cudaStream_t stream);
 int route(const RouteParams& p, cudaStream_t stream);
 
 struct RouteBackward {
+  const float* dots; /* not null: act and dact are not read */
   DeviceRows act, dact, dy, bias, probabilities, dlogits;
   const float* weights;
   const int32_t *ids, *row_of;

@@ -74,6 +74,18 @@ struct One {
   }
 };
 
+/* v += eight gates' and ups' bias, rounded to bf16: as forward and backward read them. `e`: where the expert's bias begins. */
+template <bool INTERLEAVED>
+__device__ __forceinline__ void add_bias(const Glu& p, int64_t e, int64_t c, float (&v)[16]) {
+  float bias[16];
+  load8(p.bias, e + (INTERLEAVED ? 2 * c : c), bias);
+  load8(p.bias, e + (INTERLEAVED ? 2 * c + 8 : p.width + c), bias + 8);
+#pragma unroll
+  for (int j = 0; j < 16; j++) v[j] += bias[j];
+  unpack(pack(v), v);
+  unpack(pack(v + 8), v + 8);
+}
+
 /* The kernels with `8` take bf16 eight elements a thread; the others any rows. The values are the same. */
 template <bool INTERLEAVED>
 __global__ void __launch_bounds__(THREADS) glu8_kernel(const __grid_constant__ Glu p, const __grid_constant__ Divide per_row, uint32_t count) {
@@ -83,17 +95,8 @@ __global__ void __launch_bounds__(THREADS) glu8_kernel(const __grid_constant__ G
   float v[16], out[8];
   at.load(v);
   if (p.bias.data) {
-    const int64_t e = p.ids[p.pair_of[at.r]] * p.bias.ld;
-    float bias[16];
-    load8(p.bias, e + (INTERLEAVED ? 2 * at.c : at.c), bias);
-    load8(p.bias, e + (INTERLEAVED ? 2 * at.c + 8 : p.width + at.c), bias + 8);
-#pragma unroll
-    for (int j = 0; j < 16; j++) v[j] += bias[j];
-    // Rounded as backward will read them.
-    const uint4 x = pack(v), y = pack(v + 8);
-    if (p.keep) at.store(x, y);
-    unpack(x, v);
-    unpack(y, v + 8);
+    add_bias<INTERLEAVED>(p, p.ids[p.pair_of[at.r]] * p.bias.ld, at.c, v);
+    if (p.keep) at.store(pack(v), pack(v + 8));
   }
 #pragma unroll
   for (int j = 0; j < 8; j++) {
@@ -123,6 +126,78 @@ __global__ void __launch_bounds__(THREADS) glu_backward8_kernel(const __grid_con
     }
   }
   at.store(pack(v), pack(v + 8));
+}
+
+/* A warp per row: the bias, which the forward has not added, the gradients, and <activation, dout>, from one read of the row. The activation counts as rounded to bf16, as the
+ * down projection's input would be. */
+template <bool INTERLEAVED>
+__global__ void __launch_bounds__(THREADS) glu_backward_rows8_kernel(const __grid_constant__ Glu p) {
+  const int64_t r = blockIdx.x * int64_t{THREADS / 32} + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (r >= p.rows) return;
+  const int64_t e = p.bias.data ? p.ids[p.pair_of[r]] * p.bias.ld : 0;
+  float sum = 0;
+#pragma unroll 2
+  for (int64_t c = lane * 8; c < p.width; c += 256) {
+    uint4* first = eight(p.gate, r * p.gate.ld + (INTERLEAVED ? 2 * c : c));
+    uint4* second = INTERLEAVED ? first + 1 : eight(p.up, r * p.up.ld + c);
+    float v[16], d[8], act[8];
+    unpack(*first, v);
+    unpack(*second, v + 8);
+    unpack(*eight(p.dout, r * p.dout.ld + c), d);
+    if (p.bias.data) add_bias<INTERLEAVED>(p, e, c, v);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      if constexpr (INTERLEAVED) {
+        act[j] = gpt_oss(v[2 * j], v[2 * j + 1], p.limit, p.alpha);
+        gpt_oss_backward(v[2 * j], v[2 * j + 1], d[j], p.limit, p.alpha);
+      } else {
+        float derivative;
+        const float a = activate(p.activation, v[j], &derivative);
+        act[j] = a * v[8 + j];
+        v[j] = d[j] * v[8 + j] * derivative;
+        v[8 + j] = d[j] * a;
+      }
+    }
+    unpack(pack(act), act);
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum += act[j] * d[j];
+    *first = pack(v);
+    *second = pack(v + 8);
+  }
+  for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+  if (lane == 0) p.dots[r] = sum;
+}
+
+__device__ __forceinline__ float rounded(const DeviceRows& like, float x) { return like.dtype == LCTX_BF16 ? __bfloat162float(__float2bfloat16(x)) : x; }
+
+/* The same of any rows, a block each. */
+__global__ void glu_backward_rows_kernel(Glu p) {
+  const bool interleaved = p.activation == kGptOss;
+  const int64_t r = blockIdx.x;
+  const int64_t e = p.bias.data ? p.ids[p.pair_of[r]] * p.bias.ld : 0;
+  float sum = 0;
+  for (int64_t c = threadIdx.x; c < p.width; c += blockDim.x) {
+    One x(p, interleaved, r * p.width + c);
+    if (p.bias.data) {
+      x.gate = rounded(p.gate, x.gate + load_any(p.bias, e + (interleaved ? 2 * c : c)));
+      x.up = rounded(x.up_rows, x.up + load_any(p.bias, e + (interleaved ? 2 * c + 1 : p.width + c)));
+    }
+    const float d = load_any(p.dout, r * p.dout.ld + c);
+    if (interleaved) {
+      sum += rounded(p.dout, gpt_oss(x.gate, x.up, p.limit, p.alpha)) * d;
+      gpt_oss_backward(x.gate, x.up, d, p.limit, p.alpha);
+    } else {
+      float derivative;
+      const float a = activate(p.activation, x.gate, &derivative);
+      sum += rounded(p.dout, a * x.up) * d;
+      x.gate = d * x.up * derivative;
+      x.up = d * a;
+    }
+    x.store(p);
+  }
+  sum = block_sum_all(sum);
+  if (threadIdx.x == 0) p.dots[r] = sum;
 }
 
 __global__ void glu_kernel(Glu p) {
@@ -178,7 +253,18 @@ int glu(const Glu& p, cudaStream_t s) {
 int glu_backward(const Glu& p, cudaStream_t s) {
   if (p.rows * p.width == 0) return 0;
   const bool interleaved = p.activation == kGptOss;
-  if (countable(p.rows, p.width) && vectors_bf16(p.gate) && vectors_bf16(p.dout) && (interleaved || vectors_bf16(p.up))) {
+  const bool wide = p.width % 8 == 0 && vectors_bf16(p.gate) && vectors_bf16(p.dout) && (interleaved || vectors_bf16(p.up));
+  if (p.dots) {
+    if (wide && vectors(p.bias)) {
+      const auto grid = static_cast<unsigned>((p.rows + THREADS / 32 - 1) / (THREADS / 32));
+      if (interleaved) glu_backward_rows8_kernel<true><<<grid, THREADS, 0, s>>>(p);
+      else glu_backward_rows8_kernel<false><<<grid, THREADS, 0, s>>>(p);
+    } else {
+      glu_backward_rows_kernel<<<static_cast<unsigned>(p.rows), THREADS, 0, s>>>(p);
+    }
+  } else if (p.bias.data) {
+    return cudaErrorInvalidValue;  // cuda_addon.cc asks for dots with a bias
+  } else if (wide && countable(p.rows, p.width)) {
     const uint32_t n = eights(p.rows, p.width);
     const Divide per_row(static_cast<uint32_t>(p.width / 8));
     if (interleaved) glu_backward8_kernel<true><<<blocks8(n), THREADS, 0, s>>>(p, per_row, n);

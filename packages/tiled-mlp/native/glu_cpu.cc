@@ -77,46 +77,71 @@ LCTX_CLONES void add_row(float* __restrict out, const float* __restrict a, int64
   for (int64_t i = 0; i < n; i++) out[i] += a[i];
 }
 
+/* In 16 lanes and a fixed order. */
+LCTX_CLONES float dot_row(const float* __restrict a, const float* __restrict b, int64_t n) {
+  float lane[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int l = 0; l < 16; l++) lane[l] += a[i + l] * b[i + l];
+  float sum = 0;
+  for (; i < n; i++) sum += a[i] * b[i];
+  for (int l = 0; l < 16; l++) sum += lane[l];
+  return sum;
+}
+
+struct Row {
+  float *gate, *up;
+  Row(const GluParams& p, int64_t r) : gate(p.gate + r * p.ldgate), up(p.up ? p.up + r * p.ldup : nullptr) {
+    if (!p.bias) return;
+    const float* bias = p.bias + static_cast<int64_t>(p.ids[p.pair_of[r]]) * p.bias_width;
+    if (p.activation == kGptOss) {
+      add_row(gate, bias, 2 * p.width);
+    } else {
+      add_row(gate, bias, p.width);
+      add_row(up, bias + p.width, p.width);
+    }
+  }
+  /* Of `n` columns from `first` on. */
+  void forward(const GluParams& p, int64_t first, int64_t n, float* out) const {
+    switch (p.activation) {
+      case kSilu: silu_row(gate + first, up + first, out, n); break;
+      case kGeluErf: gelu_erf_row(gate + first, up + first, out, n); break;
+      case kGeluTanh: gelu_tanh_row(gate + first, up + first, out, n); break;
+      default: gpt_oss_row(gate + 2 * first, out, n, p.limit, p.alpha);
+    }
+  }
+};
+
 int64_t grain(int64_t width) { return std::max<int64_t>(1, 4096 / std::max<int64_t>(1, width)); }
 
 }  // namespace
 
 void glu(const GluParams& p) {
   parallel(0, p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) {
-      float* gate = p.gate + r * p.ldgate;
-      float* up = p.up ? p.up + r * p.ldup : nullptr;
-      float* out = p.out + r * p.ldout;
-      if (p.bias) {
-        const float* bias = p.bias + static_cast<int64_t>(p.ids[p.pair_of[r]]) * p.bias_width;
-        if (p.activation == kGptOss) {
-          add_row(gate, bias, 2 * p.width);
-        } else {
-          add_row(gate, bias, p.width);
-          add_row(up, bias + p.width, p.width);
-        }
-      }
-      switch (p.activation) {
-        case kSilu: silu_row(gate, up, out, p.width); break;
-        case kGeluErf: gelu_erf_row(gate, up, out, p.width); break;
-        case kGeluTanh: gelu_tanh_row(gate, up, out, p.width); break;
-        default: gpt_oss_row(gate, out, p.width, p.limit, p.alpha);
-      }
-    }
+    for (int64_t r = begin; r < end; r++) Row(p, r).forward(p, 0, p.width, p.out + r * p.ldout);
   });
 }
 
 void glu_backward(const GluParams& p) {
   parallel(0, p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
-      float* gate = p.gate + r * p.ldgate;
-      float* up = p.up ? p.up + r * p.ldup : nullptr;
+      const Row row(p, r);
       const float* dout = p.dout + r * p.lddout;
+      if (p.dots) {
+        constexpr int64_t kPiece = 512;
+        float act[kPiece], sum = 0;
+        for (int64_t first = 0; first < p.width; first += kPiece) {
+          const int64_t n = std::min(kPiece, p.width - first);
+          row.forward(p, first, n, act);
+          sum += dot_row(act, dout + first, n);
+        }
+        p.dots[r] = sum;
+      }
       switch (p.activation) {
-        case kSilu: silu_backward_row(gate, up, dout, p.width); break;
-        case kGeluErf: gelu_erf_backward_row(gate, up, dout, p.width); break;
-        case kGeluTanh: gelu_tanh_backward_row(gate, up, dout, p.width); break;
-        default: gpt_oss_backward_row(gate, dout, p.width, p.limit, p.alpha);
+        case kSilu: silu_backward_row(row.gate, row.up, dout, p.width); break;
+        case kGeluErf: gelu_erf_backward_row(row.gate, row.up, dout, p.width); break;
+        case kGeluTanh: gelu_tanh_backward_row(row.gate, row.up, dout, p.width); break;
+        default: gpt_oss_backward_row(row.gate, dout, p.width, p.limit, p.alpha);
       }
     }
   });

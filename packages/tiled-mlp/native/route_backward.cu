@@ -32,6 +32,7 @@ __global__ void route_backward8_kernel(const __grid_constant__ RouteBackward p) 
 #pragma unroll
     for (int i = 0; i < 8; i++) sum += a[i] * b[i];
   };
+  if (p.dots) sum = lane == 0 ? p.dots[row] : 0.0f;
 #pragma unroll 4
   for (int64_t c = lane * 8; c < p.width; c += 256) {
     float b[8];
@@ -62,7 +63,7 @@ __global__ void route_backward_kernel(RouteBackward p) {
   float total = 0;
   for (int64_t j = 0; j < p.top_k; j++) {
     const int64_t pair = t * p.top_k + j, row = p.row_of[pair];
-    float sum = 0;
+    float sum = p.dots && threadIdx.x == 0 ? p.dots[row] : 0.0f;
     for (int64_t c = threadIdx.x; c < p.width; c += blockDim.x) sum += load_any(p.act, row * p.act.ld + c) * load_any(p.dact, row * p.dact.ld + c);
     if (p.bias.data) {
       const int64_t e = p.ids[pair] * p.bias.ld;

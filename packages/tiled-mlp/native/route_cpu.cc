@@ -100,7 +100,7 @@ void route_backward(const RouteBackwardParams& p) {
       float sum = 0;
       for (int64_t j = 0; j < p.top_k; j++) {
         const int64_t pair = t * p.top_k + j, row = p.row_of[pair], expert = p.ids[pair];
-        float s = dot(p.act + row * p.ldact, p.dact + row * p.lddact, p.width);
+        float s = p.dots ? p.dots[row] : dot(p.act + row * p.ldact, p.dact + row * p.lddact, p.width);
         if (p.bias) s += dot(p.dy + row * p.lddy, p.bias + expert * p.hidden, p.hidden);
         dlogits[expert] = s;
         sum += s;

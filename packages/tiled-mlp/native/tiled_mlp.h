@@ -15,7 +15,8 @@ struct GluParams {
   float *gate, *up;
   float* out;        /* forward [rows, width] */
   const float* dout; /* backward [rows, width] */
-  /* Forward, optional: bias of each expert, added to the gate (and up) columns in place first. */
+  float* dots;       /* backward, optional: [rows], <activation(gate) * up, dout> of each row, which routing's gradient needs */
+  /* Optional: bias of each expert, added to the gate (and up) columns in place first. Backward: where the forward has not done it. */
   const float* bias;      /* [experts, bias_width], laid out as a row of gate/up */
   const int32_t* ids;     /* [pairs] */
   const int32_t* pair_of; /* [rows] */
@@ -43,6 +44,7 @@ void route(const RouteParams& p);
 /* Gradient to the logits. With s = weight * d(loss)/d(weight) of a pair = <dact, act> + <dy, bias>, where dact and dy carry the weight already:
  * softmax over the k: dlogit_i = s_i - w_i * sum_j s_j; softmax over all: dlogit_e = s_e - p_e * sum_j s_j. No division by a weight, so 0 is safe. */
 struct RouteBackwardParams {
+  const float* dots;       /* [rows]: <dact, act> as glu_backward left it; then act and dact are not read. Or null */
   const float *act, *dact; /* [rows, width]: the down projection's input and its gradient */
   const float *dy, *bias;  /* [rows, hidden], [experts, hidden]; bias may be null */
   const float* weights;

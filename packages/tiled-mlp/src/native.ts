@@ -19,8 +19,10 @@ export interface TiledMlpNative {
    * gate and up is undefined, and the GPU saves writing it.
    */
   glu(args: GluArgs & { out: Tensor; bias?: Tensor | null; ids?: Tensor; pairOf?: Tensor; forwardOnly?: boolean }): void;
-  /** gate and up are overwritten by their gradients. */
-  gluBackward(args: GluArgs & { dout: Tensor }): void;
+  /**
+   * gate and up are overwritten by their gradients. With `dots`, f32 [rows]: <activation(gate) * up, dout> of each row; then `bias`, as in `glu`, is one that no `glu` has added.
+   */
+  gluBackward(args: GluArgs & { dout: Tensor; bias?: Tensor | null; ids?: Tensor; pairOf?: Tensor; dots?: Tensor }): void;
   route(args: {
     logits: Tensor;
     topK: number;
@@ -32,9 +34,11 @@ export interface TiledMlpNative {
     rowOf: Tensor;
     offsets: Tensor;
   }): void;
+  /** `dots`, f32 [rows], stands for <act, dact> of each row. */
   routeBackward(args: {
-    act: Tensor;
-    dact: Tensor;
+    act?: Tensor;
+    dact?: Tensor;
+    dots?: Tensor;
     dy: Tensor;
     bias: Tensor | null;
     weights: Tensor;

@@ -48,6 +48,7 @@ interface Routing {
  * Backward recomputes routing and activations of a tile (the same bits: the router runs in f32 on the same tile) but not the down projection. With dy = weight * dout per row,
  * down.backward gives dact = dy W and the down projection's own gradients in one call, and weight * d(loss)/d(weight) = <dact, act> + <dy, bias>: just
  * what the softmax's gradient is made of, so nothing is ever divided by a weight and a weight of 0 is exact. It holds for any `down` that is linear in its input, LoRA included.
+ * Where `down` trains nothing, act is not stored at all: one pass over gate and up adds the bias, takes <dact, act>, and leaves their gradients.
  */
 export class TiledMoE extends TiledBlock {
   readonly numExperts: number;
@@ -86,25 +87,37 @@ export class TiledMoE extends TiledBlock {
   protected override tileForward(h: Tensor, base: Tensor | null, out: Tensor, at: Span, ws: Workspace): void {
     const { down, downBias = null } = this.o;
     const routing = this.route(h, at.length, ws);
-    const { rows: y, act } = this.activate(h, routing, true, ws);
+    const { rows: y, both } = this.expand(h, routing, ws);
+    const act = this.activate(both, routing, true, ws);
     down.forward(act, y, routing.offsets, ws); // the rows' memory takes the experts' output
     native().combine({ y, out, base, bias: downBias, ...this.pairs(routing), weights: routing.weights });
   }
 
   protected override tileBackward(h: Tensor, dout: Tensor, dh: Tensor, at: Span, ws: Workspace): void {
-    const { down, downBias = null, gateUp, router, kind, normTopkProb = true } = this.o;
+    const { o } = this;
+    const { down, downBias = null, gateUp, router, kind, normTopkProb = true } = o;
     const { topK } = this;
     const routing = this.route(h, at.length, ws);
-    const { offsets, pairOf, weights } = routing;
-    const { rows, both, act } = this.activate(h, routing, false, ws);
+    const { ids, offsets, pairOf, weights } = routing;
+    const { rows, both } = this.expand(h, routing, ws);
+    const trains = down.parameters.length > 0;
+    const act = trains ? this.activate(both, routing, false, ws) : null;
     const dy = ws.alloc(rows.shape);
-    const dact = ws.alloc(act.shape);
+    const dact = ws.alloc([pairOf.shape[0] as number, this.intermediateSize]);
     const dlogits = ws.alloc(routing.logits.shape, 'f32');
     native().gather({ x: dout, out: dy, pairOf, topK, weights });
-    down.backward(act, dy, dact, offsets, ws);
+    down.backward(act ?? dact, dy, dact, offsets, ws); // a linear that trains nothing does not read its input here: any tensor of its shape will do
     const probabilities = kind === 'qwen3-moe' && !normTopkProb ? routing.logits : null;
-    native().routeBackward({ act, dact, dy, bias: downBias, weights, probabilities, ...this.pairs(routing), dlogits });
-    native().gluBackward({ ...this.halves(both), ...this.glu, dout: dact });
+    const gradient = { dy, bias: downBias, weights, probabilities, ...this.pairs(routing), dlogits };
+    const gates = { ...this.halves(both), ...this.glu, dout: dact };
+    if (act) {
+      native().routeBackward({ ...gradient, act, dact });
+      native().gluBackward(gates);
+    } else {
+      const dots = ws.alloc([dact.shape[0] as number], 'f32');
+      native().gluBackward({ ...gates, bias: o.gateUpBias ?? null, ids, pairOf, dots });
+      native().routeBackward({ ...gradient, dots });
+    }
     gateUp.backward(rows, both, dy, offsets, ws); // dy's memory takes the gradient of the rows
     native().combine({ y: dy, out: dh, ...this.pairs(routing) });
     gemm({ a: dlogits, b: router.weight, c: dh, beta: 1 });
@@ -126,18 +139,21 @@ export class TiledMoE extends TiledBlock {
     return routing;
   }
 
-  /** Rows sorted by expert, gate and up of each (bias included, unless `forwardOnly`: they are not read again then), and the activation. */
-  private activate(h: Tensor, routing: Routing, forwardOnly: boolean, ws: Workspace): { rows: Tensor; both: Tensor; act: Tensor } {
-    const { gateUp, gateUpBias = null } = this.o;
-    const { ids, pairOf, offsets } = routing;
+  /** Rows sorted by expert, and gate and up of each, without their bias. */
+  private expand(h: Tensor, { pairOf, offsets }: Routing, ws: Workspace): { rows: Tensor; both: Tensor } {
     const count = pairOf.shape[0] as number;
     const rows = ws.alloc([count, this.hiddenSize]);
     const both = ws.alloc([count, 2 * this.intermediateSize]);
-    const act = ws.alloc([count, this.intermediateSize]);
     native().gather({ x: h, out: rows, pairOf, topK: this.topK });
-    gateUp.forward(rows, both, offsets, ws);
-    native().glu({ ...this.halves(both), ...this.glu, out: act, bias: gateUpBias, ids, pairOf, forwardOnly });
-    return { rows, both, act };
+    this.o.gateUp.forward(rows, both, offsets, ws);
+    return { rows, both };
+  }
+
+  /** The activation. Adds the bias to gate and up, unless `forwardOnly`: they are not read again then. */
+  private activate(both: Tensor, { ids, pairOf }: Routing, forwardOnly: boolean, ws: Workspace): Tensor {
+    const act = ws.alloc([pairOf.shape[0] as number, this.intermediateSize]);
+    native().glu({ ...this.halves(both), ...this.glu, out: act, bias: this.o.gateUpBias ?? null, ids, pairOf, forwardOnly });
+    return act;
   }
 
   private halves(both: Tensor): { gate: Tensor; up: Tensor | null } {

@@ -1,4 +1,4 @@
-import { deviceMemory, empty, emptyLike, type LcError, type Tensor, Workspace } from '@lc/tensor';
+import { deviceMemory, empty, emptyLike, type LcError, PlainExpertLinear, type Tensor, Workspace } from '@lc/tensor';
 import { expectNoLeaks, randomNormal, relativeError } from '@lc/tensor/testing';
 import { describe, expect, test } from 'vitest';
 import { reference, TiledMoE } from '../src/index.js';
@@ -48,7 +48,7 @@ const referenceArgs = (c: Case, d: Data) => {
   return { ...c, ...d, norm, residual: c.residual ?? c.norm ?? false };
 };
 
-function run(c: Case, tile: number, d = data(c), options: { alias?: boolean } = {}) {
+function run(c: Case, tile: number, d = data(c), options: { alias?: boolean; frozenDown?: boolean } = {}) {
   const { tokens, hidden, intermediate, experts } = c;
   const owned: Tensor[] = [];
   const own = (values: ArrayLike<number>, shape: number[]): Tensor => {
@@ -58,12 +58,13 @@ function run(c: Case, tile: number, d = data(c), options: { alias?: boolean } = 
   const optional = (values: Float32Array | null, shape: number[]): Tensor | null => values && own(values, shape);
   const gateUp = new TrainedExpertLinear(own(d.gateUp, [experts, 2 * intermediate, hidden]));
   const down = new TrainedExpertLinear(own(d.down, [experts, hidden, intermediate]));
+  const frozen = options.frozenDown ? new PlainExpertLinear({ weight: down.value }) : null;
   const moe = new TiledMoE({
     kind: c.kind,
     router: { weight: own(d.router, [experts, hidden]), bias: optional(d.routerBias, [experts]) },
     gateUp,
     gateUpBias: optional(d.gateUpBias, [experts, 2 * intermediate]),
-    down,
+    down: frozen ?? down,
     downBias: optional(d.downBias, [experts, hidden]),
     topK: c.topK,
     normTopkProb: c.normTopkProb,
@@ -154,6 +155,13 @@ describe('TiledMoE', () => {
         for (const key of keys) expect(relativeError(tiled[key], whole[key]), key).toBeLessThan(2e-6);
       }
       expect(run(c, 16, d, { alias: true }).dx).toEqual(whole.dx);
+      // Where down trains nothing, the activation is not stored in backward.
+      for (const tile of [c.tokens, 16]) {
+        const frozen = run(c, tile, d, { frozenDown: true });
+        expect(frozen.out).toEqual(whole.out);
+        for (const key of ['dx', 'dGateUp'] as const) expect(relativeError(frozen[key], want[key]), key).toBeLessThan(3e-6);
+        expect(relativeError(frozen.dx, whole.dx)).toBeLessThan(2e-6);
+      }
     });
   }
 
@@ -164,8 +172,9 @@ describe('TiledMoE', () => {
       d.routerBias = Float32Array.from([0, -200, 0.25]);
       const args = referenceArgs(c, d);
       const want = { out: reference.moe.forward(args), ...reference.moe.backward(args, d.dout) };
-      const got = run(c, 5, d);
+      const [got, frozen] = [run(c, 5, d), run(c, 5, d, { frozenDown: true })];
       for (const key of keys) expect(relativeError(got[key], want[key]), key).toBeLessThan(3e-6);
+      expect(relativeError(frozen.dx, want.dx)).toBeLessThan(3e-6);
     }
   });
 
@@ -226,6 +235,8 @@ describe('TiledMoE', () => {
     const bytes = 16 * 4 * (2 * h + k * (2 * h + 4 * i) + 2 * e + 4 * k);
     expect(peak).toBeGreaterThanOrEqual(bytes);
     expect(peak).toBeLessThan(bytes + 14 * 256);
+    const frozen = bytes + 16 * 4 * k * (1 - i); // a number per row in place of the activation
+    expect(run(c, 16, data(c), { frozenDown: true }).peak).toBeLessThan(frozen + 14 * 256);
     const before = deviceMemory('cpu').byLabel.workspace?.allocations ?? 0;
     run(c, 16);
     expect((deviceMemory('cpu').byLabel.workspace?.allocations ?? 0) - before).toBeLessThanOrEqual(2);

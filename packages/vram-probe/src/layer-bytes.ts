@@ -46,9 +46,11 @@ function mlpBytes(s: LayerSizes, backward: boolean): number {
   }
   const rows = t * m.numExpertsPerTok;
   const routing = sum(4 * t * m.numExperts, 4 * rows, 4 * rows, 4 * rows, 4 * rows, 4 * (m.numExperts + 1));
-  const forward = sum(rows * h * act, rows * 2 * i * act, rows * i * act); // rows by expert, gate and up, activation
-  const back = backward ? sum(rows * h * act, rows * i * act, 4 * t * m.numExperts) : 0; // their gradients, and the logits'
-  return block + routing + forward + back + expertLora(s, rows, backward);
+  const both = sum(rows * h * act, rows * 2 * i * act); // rows by expert, gate and up
+  const gradients = backward ? sum(rows * h * act, rows * i * act, 4 * t * m.numExperts) : 0; // of rows and activation, and of the logits
+  // The activation; backward needs of it a number per row where the down projection trains nothing.
+  const activation = backward && !has(lora, 'experts.down_proj') ? sum(4 * rows) : sum(rows * i * act);
+  return block + routing + both + activation + gradients + expertLora(s, rows, backward);
 }
 
 function expertLora(s: LayerSizes, rows: number, backward: boolean): number {
