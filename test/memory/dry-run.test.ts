@@ -27,6 +27,10 @@ const cases: Record<string, Case> = {
   'gpt-oss-20b, 32K': { model: 'gpt-oss-20b', sizes: fixed(32_768, 8192, 8192, 1024) },
   'gpt-oss-20b, 530K': { model: 'gpt-oss-20b', sizes: fixed(530_000, 16_384, 4096, 1300) },
   'gpt-oss-20b, outputs kept': { model: 'gpt-oss-20b', sizes: fixed(100_000, 8192, 2048, 1024, { keep: 1 }) },
+  'gpt-oss-20b, last outputs kept': {
+    model: 'gpt-oss-20b',
+    sizes: fixed(100_000, 8192, 2048, 1024, { keep: { layers: 1, tokens: 40_000 }, layersPerSegment: 2 }),
+  },
   'gpt-oss-20b, odd sizes, two layers a checkpoint': { model: 'gpt-oss-20b', sizes: fixed(10_007, 1531, 391, 77, { layersPerSegment: 2 }) },
   'gpt-oss-20b, one chunk, loss decides': { model: 'gpt-oss-20b', sizes: fixed(4096, 4096, 512, 4096) },
   'gpt-oss-20b, on experts': {
@@ -85,6 +89,40 @@ describe('a step takes what was planned', () => {
     expect(allPlanned - all).toBeLessThan(Math.max(0.03 * allPlanned, 8 << 20));
     const host = count('host checkpoints').live + count('host kept').live;
     expect(plan.predictedPeak.host).toBe(host);
+  });
+});
+
+describe('a million tokens of gpt-oss-20b, all 24 layers, on a card of 80 GB in a machine with 128 GiB', () => {
+  const GiB = 2 ** 30;
+  it.each([1, 'auto'] as const)('fit and take what was planned; layers per checkpoint: %s', async (layersPerSegment) => {
+    using model = await syntheticModel('gpt-oss-20b', { device: 'cuda', loadIn4bit: true });
+    attachLora(model, { r: 8, targetModules: attention });
+    const tokens = 2 ** 20;
+    const limits = { vram: 65 * GiB, ram: 112 * GiB }; // beside the weights, and less what others take
+    const { live, allocations } = count('cuda:0');
+    const warnings: string[] = [];
+    const onWarning = (message: string): number => warnings.push(message);
+    using reserved = reserveStep({ model, tokens, budgets: limits, layersPerSegment, onWarning });
+    const { plan } = reserved;
+    const reservations = count('cuda:0').allocations - allocations;
+    const inputIds = new Int32Array(tokens);
+    const { supervised } = await reserved.session.step({ inputIds, labels: inputIds });
+    expect(supervised).toBe(tokens - 1);
+    expect(count('cuda:0').allocations - allocations).toBe(reservations); // the step itself took nothing
+    const taken = { device: count('cuda:0').live - live, host: count('host checkpoints').live + count('host kept').live };
+    const planned = { device: plan.predictedPeak.device - plan.bytes.context, host: plan.predictedPeak.host };
+    expect([warnings, reserved.attempts]).toEqual([[], []]);
+    expect(reserved.workspace.peakBytes).toBeLessThanOrEqual(plan.bytes.workspace);
+    expect(taken.host).toBe(planned.host);
+    expect(taken.device).toBeLessThanOrEqual(planned.device);
+    expect(planned.device - taken.device).toBeLessThan(0.01 * planned.device);
+    expect(planned.device).toBeLessThan(limits.vram);
+    expect(planned.host).toBeLessThan(limits.ram);
+    const kept = `${plan.keep.layers} x ${plan.keep.tokens} tokens kept`;
+    console.log(
+      `${tokens} tokens: chunk ${plan.chunk}, tile ${plan.tile}, ${plan.segment} layers per checkpoint, ${kept}, ` +
+        `${(taken.device / GiB).toFixed(2)} GiB beside the weights, ${(taken.host / GiB).toFixed(2)} GiB of host memory`,
+    );
   });
 });
 

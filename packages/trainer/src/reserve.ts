@@ -1,5 +1,5 @@
 /**
- * The plan of a training step, and its memory taken before the step's first launch. Only reservation can fail; then the plan shrinks, in the order in which that costs
+ * The plan of a training step, and its memory taken before the step's first launch. Only reservation can fail; then the plan shrinks, where that costs the least
  * speed, and nothing has been computed. `SFTTrainer` and `lc bench step` share it.
  */
 import { type CausalLM, TrainingSession } from '@lc/models';
@@ -22,9 +22,12 @@ export interface ReserveOptions {
   lossChunk?: number | undefined;
   /** Bytes of gradient checkpoints on the device. Default: what is left of it, up to all. */
   checkpointDeviceBytes?: number | undefined;
-  /** Layers without a window whose attention output is kept for backward; 'auto' (default): as many as fit. It changes no result. */
-  keep?: number | 'auto' | undefined;
-  /** 'auto': as few as fit. Default 1. */
+  /**
+   * Layers without a window whose attention output is kept for backward, of each the last so many tokens in whole chunks (a number of layers: all tokens); 'auto' (default): of all of
+   * them as many tokens as fit. It changes no result.
+   */
+  keep?: PlanOptions['keep'] | undefined;
+  /** 'auto': what makes the step fastest. Default 1. It changes no result. */
   layersPerSegment?: number | 'auto' | undefined;
   /**
    * Bytes of device memory that the process may take in all, context and libraries included: set for the allocator (`setVramLimit`), and left set. null lifts a limit.
@@ -115,8 +118,8 @@ export function planStep(o: ReserveOptions): Plan {
 
 /**
  * Chooses chunk, tile, loss-chunk and store sizes from what is free, and takes all of a step's memory: activation store, sequence buffers, and the workspace in one
- * piece, so that nothing grows during a step. When that fails it measures again, plans smaller and says so (`onWarning`): fewer checkpoints on the device, smaller tiles and loss chunks, smaller chunks, then more
- * layers per checkpoint where 'auto' permits it. Sets the model's MLP tile.
+ * piece, so that nothing grows during a step. When that fails it measures again, plans smaller and says so (`onWarning`): the fastest step in what there
+ * is, by `plan` of `@lc/vram-probe`. Sets the model's MLP tile.
  *
  * @throws ERR_LC_PLAN naming the budget (VRAM, RAM or pinned) and the longest length that fits; ERR_LC_OUT_OF_MEMORY when reservations keep failing;
  *   ERR_LC_ARGUMENT
@@ -188,7 +191,7 @@ function take(o: ReserveOptions, p: Plan, attempts: readonly Attempt[]): Reserva
       new TrainingSession({
         ...{ model, tokens: o.tokens, chunk: p.chunk, lossChunk: p.lossChunk, ws: workspace },
         storeOptions: { deviceBytes: p.checkpoints.deviceBytes, layersPerSegment: p.segment },
-        ...(p.keep.layers > 0 ? { keep: { layers: p.keep.layers, deviceBytes: p.keep.deviceBytes } } : {}),
+        ...(p.keep.layers > 0 ? { keep: { layers: p.keep.layers, tokens: p.keep.tokens, deviceBytes: p.keep.deviceBytes } } : {}),
         deterministic: o.deterministic ?? true,
         ...(o.prefetchAhead === undefined ? {} : { prefetchAhead: o.prefetchAhead }),
         ...(o.verifyRecompute === undefined ? {} : { verifyRecompute: o.verifyRecompute }),

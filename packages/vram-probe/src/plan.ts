@@ -6,6 +6,7 @@ import { layerWorkBytes, openLoraBytes } from './layer-bytes.js';
 import { modelWeights, trainableParameters } from './model-bytes.js';
 import { ramInfo } from './ram.js';
 import type { ModelShape } from './shape.js';
+import { comparableSeconds } from './step-time.js';
 import { storeBytes } from './store-bytes.js';
 import type { Plan, PlanOptions } from './types.js';
 
@@ -31,7 +32,8 @@ const amounts = [
 function check(o: PlanOptions): void {
   for (const [name, value] of [
     ...(['tokens', 'chunk', 'tile', 'lossChunk'] as const).map((key) => [key, o[key]] as const),
-    ['keep', o.keep === 'auto' || o.keep === 0 ? undefined : o.keep] as const,
+    ...(typeof o.keep === 'object' ? Object.entries(o.keep).map(([key, n]) => [`keep.${key}`, n === 0 ? undefined : n] as const) : []),
+    ['keep', typeof o.keep !== 'number' || o.keep === 0 ? undefined : o.keep] as const,
     ['layersPerSegment', o.layersPerSegment === 'auto' ? undefined : o.layersPerSegment] as const,
     ['lora.r', o.lora?.r] as const,
   ]) {
@@ -53,8 +55,15 @@ interface Sizes {
   tile: number;
   lossChunk: number;
   layersPerSegment: number;
-  keep: number;
+  keep: Keep;
 }
+
+/** Of how many layers, and of how many tokens of each, the last ones, the attention output is kept. */
+interface Keep {
+  layers: number;
+  tokens: number;
+}
+const NOTHING: Keep = { layers: 0, tokens: 0 };
 
 /** @param quick while searching: the same bytes without a list of every chunk */
 function measure(o: PlanOptions, sizes: Sizes, budgets: Budgets, quick: boolean): Plan {
@@ -95,14 +104,15 @@ function measure(o: PlanOptions, sizes: Sizes, budgets: Budgets, quick: boolean)
   const sum = fixed.weights + fixed.adapters + fixed.optimizer + fixed.context + fixed.sequence + workspace;
   const keptWidth = keptBytesPerToken(m, act);
   const keptStore = (onDevice: number) =>
-    keep === 0
+    keep.layers === 0
       ? { checkpointsOnDevice: 0, checkpointsOnHost: 0, staging: 0 }
       : (quick ? storeBytes : planStore)({
-          ...{ layers: keep, tokens, chunk, width: keptWidth, layersPerSegment: 1, dtype: 'u8', dx: 'none', deviceBytes: onDevice },
+          ...{ layers: keep.layers, tokens: keep.tokens, chunk, width: keptWidth, layersPerSegment: 1, dtype: 'u8', dx: 'none' },
+          deviceBytes: onDevice,
         }).bytes;
   const everything = store(Number.POSITIVE_INFINITY);
-  const keptAll = keep * tokens * keptWidth;
-  const staging = { checkpoints: 4 * chunk * m.hiddenSize * act, kept: keep > 0 ? 4 * chunk * keptWidth : 0 };
+  const keptAll = keep.layers * keep.tokens * keptWidth;
+  const staging = { checkpoints: 4 * chunk * m.hiddenSize * act, kept: keep.layers > 0 ? 4 * Math.min(chunk, keep.tokens) * keptWidth : 0 };
   const left = budgets.vram - sum - everything.bytes.dx - everything.bytes.scratch;
   const room = device === 'cuda' ? Math.max(0, left - staging.checkpoints - staging.kept) : Number.POSITIVE_INFINITY;
   const s = store(o.checkpointDeviceBytes ?? Math.min(room, everything.bytes.checkpointsOnDevice));
@@ -116,7 +126,7 @@ function measure(o: PlanOptions, sizes: Sizes, budgets: Budgets, quick: boolean)
   if (device === 'cuda') {
     if (deviceBytes > budgets.vram) reasons.push(`VRAM: ${gib(deviceBytes)} needed, ${gib(budgets.vram)} to be had`);
     if (host > budgets.ram)
-      reasons.push(`RAM: ${gib(host)} of gradient checkpoints${keep > 0 ? ' and kept outputs' : ''}, ${gib(budgets.ram)} to be had`);
+      reasons.push(`RAM: ${gib(host)} of gradient checkpoints${keep.layers > 0 ? ' and kept outputs' : ''}, ${gib(budgets.ram)} to be had`);
   } else if (deviceBytes + host > Math.min(budgets.vram, budgets.ram)) {
     reasons.push(`RAM: ${gib(deviceBytes + host)} needed, ${gib(Math.min(budgets.vram, budgets.ram))} to be had`);
   }
@@ -127,7 +137,7 @@ function measure(o: PlanOptions, sizes: Sizes, budgets: Budgets, quick: boolean)
     lossChunk,
     segment: layersPerSegment,
     checkpoints: { deviceBytes: s.bytes.checkpointsOnDevice, hostBytes: s.bytes.checkpointsOnHost },
-    keep: { layers: keep, deviceBytes: kept.checkpointsOnDevice, hostBytes: kept.checkpointsOnHost },
+    keep: { ...keep, deviceBytes: kept.checkpointsOnDevice, hostBytes: kept.checkpointsOnHost },
     bytes: {
       ...fixed,
       gradients: trainable * 4,
@@ -173,50 +183,77 @@ function lossChunks(o: PlanOptions, tokens: number): number[] {
 /** What a layer of `@lc/models` keeps of a token (`DecoderLayer.keepBytes`): attention output and log-sum-exp. */
 const keptBytesPerToken = (m: ModelShape, act: number): number => Math.ceil((m.numAttentionHeads * (m.headDim * act + 4)) / 16) * 16;
 
-/** How many layers to keep, most first. */
-function keepChoices(o: PlanOptions): number[] {
-  const most = o.model.fullAttentionLayers ?? o.model.numHiddenLayers;
-  if (o.keep !== 'auto') return [Math.min(most, o.keep ?? 0)];
-  return [...new Set([1, 0.75, 0.5, 0.25, 0].map((share) => Math.floor(most * share)))];
+/** What was asked to be kept, in whole chunks; 'auto': nothing, which is what takes least. */
+function fixedKeep({ keep = 0, model }: PlanOptions, tokens: number, chunk: number): Keep {
+  if (keep === 'auto') return NOTHING;
+  const asked = typeof keep === 'number' ? { layers: keep, tokens } : keep;
+  const layers = Math.min(layersToKeep(model), asked.layers);
+  const kept = Math.min(tokens, tokens - Math.ceil((tokens - asked.tokens) / chunk) * chunk); // as the schedule does it
+  return layers > 0 && kept > 0 ? { layers, tokens: kept } : NOTHING;
+}
+const layersToKeep = (m: ModelShape): number => m.fullAttentionLayers ?? m.numHiddenLayers;
+
+/**
+ * These sizes with as much kept as fits; null where they do not fit. The last tokens of a layer cost most to compute again, so the last chunk of every layer comes first, then the last two
+ * of every layer, and so on.
+ */
+function fullest(o: PlanOptions, sizes: Omit<Sizes, 'keep'>, budgets: Budgets): Plan {
+  const { tokens, chunk } = sizes;
+  const at = (keep: Keep): Plan => measure(o, { ...sizes, keep }, budgets, true);
+  const least = at(fixedKeep(o, tokens, chunk));
+  const layers = layersToKeep(o.model);
+  if (o.keep !== 'auto' || !least.fits || layers === 0) return least;
+  const chunks = Math.ceil(tokens / chunk);
+  const last = (count: number): number => tokens - (chunks - count) * chunk;
+  const step = (n: number): Keep => (n < layers ? { layers: n, tokens: last(1) } : { layers, tokens: last(n - layers + 1) });
+  let [best, low, high] = [least, 0, layers + chunks]; // steps 1 .. layers + chunks - 1; more takes more
+  while (high - low > 1) {
+    const middle = (low + high) >>> 1;
+    const p = at(step(middle));
+    if (p.fits) [best, low] = [p, middle];
+    else high = middle;
+  }
+  return best;
 }
 
-/**
- * With smaller chunks and tiles than these, kept outputs gain less than they cost; tiles only where attention is not most of the work. (4 layers of gpt-oss-20b, 32,768 tokens,
- * H100: tiles of 2,048 with all outputs kept 602 ms a step, tiles of 16,384 573 ms.)
- */
-const LEAST_CHUNK_KEPT = { cpu: 256, cuda: 4096 } as const;
-const LEAST_TILE_KEPT = { cpu: 1, cuda: 4096 } as const;
-const LONG = 131_072;
+/** Of `comparableSeconds`: what smaller sizes have to gain. */
+const LEAST_GAIN = 0.01;
 
 /**
- * The sizes that fit, tried in the order in which they cost speed: first fewer checkpoints on the device (`measure` gives them what is left), then smaller
- * tiles and loss chunks, then smaller chunks, then fewer kept outputs, then, where the user permits it, more layers per checkpoint.
+ * The fastest sizes that fit, as far as `comparableSeconds` tells: first fewer checkpoints on the device (`measure` gives them what is left, which costs nothing that is not hidden); then
+ * smaller tiles, smaller chunks, fewer kept outputs or more layers per checkpoint (where the user permits it) give way to one another by what each costs. Larger sizes and fewer layers
+ * per checkpoint stay where others would gain little.
  */
 function best(o: PlanOptions, tokens: number, budgets: Budgets): Plan {
   const device = o.device ?? 'cpu';
   const losses = lossChunks(o, tokens);
-  let smallest: Plan | undefined;
-  for (const layersPerSegment of segmentChoices(o)) {
-    smallest = least(o, tokens, budgets, layersPerSegment);
-    if (!smallest.fits) continue;
-    for (const keep of keepChoices(o)) {
-      for (const wanted of o.chunk ? [o.chunk] : CHUNKS[device]) {
-        const chunk = Math.min(wanted, tokens);
-        if (keep > 0 && !o.chunk && wanted < LEAST_CHUNK_KEPT[device]) break;
-        const tiles = o.tile ? [o.tile] : TILES[device].filter((tile, i) => tile <= chunk || i === TILES[device].length - 1);
-        for (const tile of tiles) {
-          if (keep > 0 && !o.tile && tokens < LONG && tile < Math.min(chunk, LEAST_TILE_KEPT[device])) break;
-          const sizes = { tokens, chunk, tile, layersPerSegment, keep };
-          for (const lossChunk of losses) {
-            const p = measure(o, { ...sizes, lossChunk }, budgets, true);
-            if (p.fits) return measure(o, { ...sizes, lossChunk }, budgets, false);
-            if (p.bytes.lossWork < p.bytes.workspace) break; // a smaller loss chunk saves nothing
+  let [fastest, seconds]: [Plan | null, number] = [null, Number.POSITIVE_INFINITY];
+  const segments = segmentChoices(o);
+  for (const layersPerSegment of segments) {
+    if (!least(o, tokens, budgets, layersPerSegment).fits) continue;
+    for (const wanted of o.chunk ? [o.chunk] : CHUNKS[device]) {
+      const chunk = Math.min(wanted, tokens);
+      for (const tile of o.tile ? [o.tile] : TILES[device].filter((tile, i) => tile <= chunk || i === TILES[device].length - 1)) {
+        for (const lossChunk of losses) {
+          const p = fullest(o, { tokens, chunk, tile, layersPerSegment, lossChunk }, budgets);
+          if (p.fits) {
+            const takes = comparableSeconds(o.model, device, { tokens, chunk, tile, layersPerSegment, keep: p.keep });
+            if (takes < seconds * (1 - LEAST_GAIN)) [fastest, seconds] = [p, takes];
+            break;
           }
+          if (p.bytes.lossWork < p.bytes.workspace) break; // a smaller loss chunk saves nothing
         }
       }
     }
   }
-  return smallest as Plan;
+  if (!fastest) return least(o, tokens, budgets, segments.at(-1) as number);
+  const { chunk, tile, lossChunk, segment: layersPerSegment, keep } = fastest;
+  return measure(
+    o,
+    { tokens, chunk, tile, lossChunk, layersPerSegment, keep: { layers: keep.layers, tokens: keep.tokens } },
+    budgets,
+    false,
+  );
 }
 
 const segmentChoices = (o: PlanOptions): number[] =>
@@ -225,8 +262,8 @@ const segmentChoices = (o: PlanOptions): number[] =>
 /** The plan that takes least: what it does not fit, nothing does. */
 function least(o: PlanOptions, tokens: number, budgets: Budgets, layersPerSegment: number): Plan {
   const device = o.device ?? 'cpu';
-  const keep = keepChoices(o).at(-1) as number;
   const chunk = Math.min(tokens, o.chunk ?? (CHUNKS[device].at(-1) as number));
+  const keep = fixedKeep(o, tokens, chunk);
   const tile = o.tile ?? (TILES[device].at(-1) as number);
   const lossChunk = lossChunks(o, tokens).at(-1) as number;
   return measure(o, { tokens, chunk, tile, lossChunk, layersPerSegment, keep }, budgets, true);

@@ -47,13 +47,13 @@ export interface PlanOptions {
    */
   contextBytes?: number;
   optimBits?: 8 | 32;
-  /** A checkpoint every so many layers; 'auto': as few as fit, at most 4. Default 1. */
+  /** A checkpoint every so many layers; 'auto': what makes the step fastest, at most 4. Default 1. */
   layersPerSegment?: number | 'auto';
   /**
    * Layers without a window whose attention output and log-sum-exp are kept from forward to backward (`keep` of the schedule), which saves running their attention
-   * forward again; 'auto': as many as fit. Default 0.
+   * forward again, or of so many layers the last so many tokens in whole chunks; 'auto': of all of them the last tokens, as many as fit. Default 0.
    */
-  keep?: number | 'auto';
+  keep?: number | 'auto' | { layers: number; tokens: number };
   /** Of attention's backward (`attentionBackward`): false takes scratch for the dQ of a chunk. Default true. */
   deterministic?: boolean;
   /** Fix a size instead of choosing it. */
@@ -75,8 +75,8 @@ export interface Plan {
   /** Layers per checkpoint. */
   segment: number;
   checkpoints: { deviceBytes: number; hostBytes: number };
-  /** Attention outputs kept from forward to backward: of how many layers, and where. */
-  keep: { layers: number; deviceBytes: number; hostBytes: number };
+  /** Attention outputs kept from forward to backward: of how many layers, of how many tokens of each (the last ones), and where. */
+  keep: { layers: number; tokens: number; deviceBytes: number; hostBytes: number };
   /** Every part, in bytes. */
   bytes: {
     weights: number;

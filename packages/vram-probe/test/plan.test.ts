@@ -2,6 +2,7 @@ import { planStore } from '@lc/offload-ckpt';
 import { seededRandom } from '@lc/tensor/testing';
 import { describe, expect, it } from 'vitest';
 import { modelShapeFromConfig, type PlanOptions, plan } from '../src/index.js';
+import { comparableSeconds, pairsOfLast } from '../src/step-time.js';
 import { storeBytes } from '../src/store-bytes.js';
 
 const gptOss20b = modelShapeFromConfig({
@@ -72,6 +73,92 @@ describe('plan', () => {
 
   it.each([{ tokens: 0 }, { tokens: 1.5 }, { chunk: 0 }, { vramBudget: Number.NaN }, { layersPerSegment: -1 }])('refuses %j', (bad) => {
     expect(() => cuda(1000, bad)).toThrow(expect.objectContaining({ code: 'ERR_LC_ARGUMENT' }));
+  });
+});
+
+describe('what is kept, and the sizes that make a step fastest', () => {
+  const model = { ...gptOss20b, fullAttentionLayers: 12 };
+  /** An H100 with the weights loaded, in a machine with 128 GiB of RAM. */
+  const h100 = (tokens: number, more: Partial<PlanOptions> = {}) =>
+    cuda(tokens, {
+      ...{ model, lora: { r: 8, dropout: 0 }, weightBytes: 0, adapterBytes: 0, optimizerBytes: 0, contextBytes: 192 << 20 },
+      ...{ vramBudget: 65 * GiB, ramBudget: 112 * GiB, keep: 'auto' as const, maxTokens: false, ...more },
+    });
+  const seconds = (p: ReturnType<typeof h100>): number => comparableSeconds(model, 'cuda', { ...p, layersPerSegment: p.segment });
+
+  it.each([131_072, 530_000, 800_000, 1_000_000, 1_048_576])('%i tokens fit an H100 and 112 GiB of RAM', (tokens) => {
+    const p = h100(tokens);
+    expect([p.fits, p.reasons]).toEqual([true, []]);
+    expect(p.predictedPeak.device).toBeLessThanOrEqual(65 * GiB);
+    expect(p.predictedPeak.host).toBeLessThanOrEqual(112 * GiB);
+    expect(p.keep.deviceBytes + p.keep.hostBytes).toBe(p.keep.layers * p.keep.tokens * 8448);
+    // One chunk more in every layer would not fit.
+    const more = h100(tokens, { ...sizesOf(p), keep: { layers: 12, tokens: p.keep.tokens + p.chunk } });
+    expect(more.fits).toBe(p.keep.tokens === tokens);
+    // The last tokens of every layer save more than the whole of some layers.
+    for (let layers = 1; layers <= 12; layers++) {
+      const whole = h100(tokens, { ...sizesOf(p), keep: layers });
+      if (whole.fits) expect(seconds(p)).toBeLessThanOrEqual(seconds(whole) * 1.0001);
+    }
+  });
+  const sizesOf = (p: ReturnType<typeof h100>) => ({ chunk: p.chunk, tile: p.tile, lossChunk: p.lossChunk, layersPerSegment: p.segment });
+
+  it('no other sizes and no other share of kept outputs would be clearly faster', () => {
+    for (const [tokens, vram, ram] of [
+      [1_000_000, 65, 112],
+      [530_000, 11, 105],
+      [131_072, 4.5, 40],
+      [32_768, 3.5, 100],
+    ] as const) {
+      const budgets = { vramBudget: vram * GiB, ramBudget: ram * GiB };
+      const p = h100(tokens, { ...budgets, layersPerSegment: 'auto' });
+      expect(p.fits).toBe(true);
+      for (const layersPerSegment of [1, 2, 3, 4])
+        for (const chunk of [16384, 8192, 4096, 2048, 1024])
+          for (const tile of [16384, 8192, 4096, 2048, 1024, 512])
+            for (const keep of ['auto', 0, 3, 12] as const) {
+              const other = h100(tokens, { ...budgets, layersPerSegment, chunk, tile: Math.min(tile, chunk), keep });
+              if (other.fits) expect(seconds(other)).toBeGreaterThan(seconds(p) * 0.98);
+            }
+    }
+  });
+
+  it('a checkpoint for two layers makes room for outputs, where that is faster', () => {
+    const [one, auto] = [h100(1_000_000), h100(1_000_000, { layersPerSegment: 'auto' })];
+    expect(auto.segment).toBeGreaterThan(1);
+    expect(seconds(auto)).toBeLessThan(seconds(one) / 2);
+    expect(auto.keep.tokens).toBeGreaterThan(900_000);
+    expect(h100(131_072, { layersPerSegment: 'auto' }).segment).toBe(1); // everything fits: nothing to gain
+  });
+
+  it('keeps whole chunks of what is asked for, and no more than there is', () => {
+    const kept = (keep: PlanOptions['keep'], chunk = 16_384) => {
+      const { layers, tokens } = h100(100_000, { keep, chunk }).keep;
+      return [layers, tokens];
+    };
+    expect(kept({ layers: 3, tokens: 20_000 })).toEqual([3, 1696 + 16_384]); // the last chunk has 1,696 tokens
+    expect(kept({ layers: 30, tokens: 200_000 })).toEqual([12, 100_000]);
+    expect(kept({ layers: 3, tokens: 1000 })).toEqual([0, 0]);
+    expect(kept(5)).toEqual([5, 100_000]);
+    expect(kept('auto')).toEqual([12, 100_000]);
+    expect(kept({ layers: 2, tokens: 100_000 }, 100_000)).toEqual([2, 100_000]); // one chunk
+    for (const keep of [{ layers: 1.5, tokens: 2 }, { layers: 1, tokens: Number.NaN }, Number.NaN])
+      expect(() => kept(keep)).toThrow(expect.objectContaining({ code: 'ERR_LC_ARGUMENT' }));
+  });
+
+  it('of one chunk, as many layers as fit', () => {
+    const sizes = { chunk: 16_384, tile: 16_384, checkpointDeviceBytes: 0 };
+    const { device, host } = h100(16_384, { ...sizes, keep: 0 }).predictedPeak;
+    const layer = 16_384 * 8448;
+    // Beside the rest the device has room for the slots that kept outputs pass through, the host for five layers and a half.
+    const p = h100(16_384, { ...sizes, vramBudget: device + 4 * layer, ramBudget: host + 5.5 * layer });
+    expect(p.keep).toEqual({ layers: 5, tokens: 16_384, deviceBytes: 0, hostBytes: 5 * layer });
+    const room = h100(16_384, { ...sizes, vramBudget: device + 6.5 * layer, ramBudget: host + 5.5 * layer }); // two more on the device
+    expect(room.keep).toEqual({ layers: 7, tokens: 16_384, deviceBytes: 2 * layer, hostBytes: 5 * layer });
+  });
+
+  it('the last half of the tokens sees three quarters of the pairs', () => {
+    expect([0, 25, 50, 100].map((kept) => pairsOfLast(100, kept))).toEqual([0, 0.4375, 0.75, 1]);
   });
 });
 

@@ -49,7 +49,7 @@ export function planCommand(model: string, flags: PlanFlags): void {
   }
   const row = (name: string, bytes: number): string => `  ${name.padEnd(34)}${gib(bytes).padStart(11)}`;
   const lines = [
-    `${p.tokens} tokens on ${flags.device}: chunks of ${p.chunk}, MLP tiles of ${p.tile}, loss chunks of ${p.lossChunk}`,
+    `${p.tokens} tokens on ${flags.device}: chunks of ${p.chunk}, MLP tiles of ${p.tile}, loss chunks of ${p.lossChunk}, ${p.segment === 1 ? 'a checkpoint for every layer' : `a checkpoint for ${p.segment} layers`}`,
     row('weights (4-bit base)', p.bytes.weights),
     ...(p.bytes.context > 0 ? [row('context: CUDA, cuBLASLt, kernels', p.bytes.context)] : []),
     row('adapters, gradients, optimizer', p.bytes.adapters + p.bytes.optimizer),
@@ -60,8 +60,8 @@ export function planCommand(model: string, flags: PlanFlags): void {
     row('gradient of one layer', p.bytes.dx),
     row('gradient checkpoints on the device', p.checkpoints.deviceBytes),
     row('gradient checkpoints in host RAM', p.checkpoints.hostBytes),
-    row(`kept for backward (${p.keep.layers} layers), device`, p.keep.deviceBytes),
-    row(`kept for backward (${p.keep.layers} layers), RAM`, p.keep.hostBytes),
+    row(`kept (${p.keep.layers} layers x ${p.keep.tokens}), device`, p.keep.deviceBytes),
+    row(`kept (${p.keep.layers} layers x ${p.keep.tokens}), RAM`, p.keep.hostBytes),
     row('peak on the device', p.predictedPeak.device),
     row('peak in host RAM', p.predictedPeak.host),
     p.fits
