@@ -1,5 +1,4 @@
 import {
-  addBias,
   type ExpertLinear,
   gemm,
   groupedGemm,
@@ -57,8 +56,7 @@ export class QuantizedLinear implements Linear {
   }
 
   forward(x: Tensor, out: Tensor, _at: Span, ws: Workspace): void {
-    ws.scoped(() => gemm({ a: x, b: prepared(this.weight, this.opened, ws), c: out, transB: true }));
-    if (this.bias) addBias({ x: out, bias: this.bias });
+    ws.scoped(() => gemm({ a: x, b: prepared(this.weight, this.opened, ws), c: out, transB: true, bias: this.bias }));
   }
 
   backward(_x: Tensor, dout: Tensor, dx: Tensor | null, _at: Span, ws: Workspace, accumulate = false): void {

@@ -32,7 +32,7 @@ struct Heuristic {
   float waves;
   int reserved[4];
 };
-constexpr int kCompute32F = 68, kDescTransA = 3, kDescTransB = 4, kPrefMaxWorkspace = 1, kPrefMinAlignment[] = {5, 6, 7, 8}, kOpN = 0, kOpT = 1;
+constexpr int kCompute32F = 68, kDescTransA = 3, kDescTransB = 4, kDescEpilogue = 7, kDescBiasPointer = 8, kEpilogueBias = 4, kPrefMaxWorkspace = 1, kPrefMinAlignment[] = {5, 6, 7, 8}, kOpN = 0, kOpT = 1;
 constexpr size_t kWorkspace = 32u << 20;
 
 struct Library {
@@ -121,7 +121,7 @@ struct Plan {
   Algo algo{};
   bool ok = false;
 };
-using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int, int, int, bool>;
+using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int, int, int, bool, bool>;
 
 struct DeviceState {
   Handle handle = nullptr;
@@ -137,12 +137,14 @@ std::map<int, DeviceState>& states() {
 int type_of(int32_t dtype) { return dtype == LCTX_F32 ? CUDA_R_32F : CUDA_R_16BF; }
 
 /* cuBLASLt is column-major: row-major c = op(a) op(b) is column-major c^T = op(b)^T op(a)^T, so b comes first and nothing moves. */
-Plan make_plan(const Library& l, Handle handle, const lctx_gemm_params* p) {
+Plan make_plan(const Library& l, Handle handle, const lctx_gemm_params* p, const void* bias) {
   Plan plan;
   if (l.desc_create(&plan.desc, kCompute32F, CUDA_R_32F)) return plan;
   const int ta = p->trans_b ? kOpT : kOpN, tb = p->trans_a ? kOpT : kOpN;
   l.desc_set(plan.desc, kDescTransA, &ta, sizeof ta);
   l.desc_set(plan.desc, kDescTransB, &tb, sizeof tb);
+  // A bias of c^T's rows, in c's dtype.
+  if (bias && (l.desc_set(plan.desc, kDescEpilogue, &kEpilogueBias, sizeof kEpilogueBias) || l.desc_set(plan.desc, kDescBiasPointer, &bias, sizeof bias))) return plan;
   const auto n = static_cast<uint64_t>(p->n), m = static_cast<uint64_t>(p->m), k = static_cast<uint64_t>(p->k);
   if (l.layout_create(&plan.a, type_of(p->b_dtype), p->trans_b ? k : n, p->trans_b ? n : k, p->ldb) ||
       l.layout_create(&plan.b, type_of(p->a_dtype), p->trans_a ? m : k, p->trans_a ? k : m, p->lda) || l.layout_create(&plan.c, type_of(p->c_dtype), n, m, p->ldc))
@@ -174,7 +176,7 @@ void cublaslt_forget(void* stream) {
   }
 }
 
-int cublaslt_gemm(const lctx_gemm_params* p, void* stream) {
+int cublaslt_gemm(const lctx_gemm_params* p, const void* bias, void* stream) {
   const bool bf16 = p->a_dtype == LCTX_BF16 && p->b_dtype == LCTX_BF16 && (p->c_dtype == LCTX_BF16 || p->c_dtype == LCTX_F32);
   const bool f32 = p->a_dtype == LCTX_F32 && p->b_dtype == LCTX_F32 && p->c_dtype == LCTX_F32;
   const bool aligned = reinterpret_cast<uintptr_t>(p->a) % 16 == 0 && reinterpret_cast<uintptr_t>(p->b) % 16 == 0 && reinterpret_cast<uintptr_t>(p->c) % 16 == 0;
@@ -185,11 +187,11 @@ int cublaslt_gemm(const lctx_gemm_params* p, void* stream) {
   if (!s.handle && l.create(&s.handle)) return 1;
   void*& workspace = s.workspaces[stream];
   if (!workspace && alloc(p->device_id, kWorkspace, stream, false, &workspace)) return -1;
-  const Key key{p->device_id, p->m, p->n, p->k, p->lda, p->ldb, p->ldc, p->a_dtype, p->b_dtype, p->c_dtype, p->trans_a, p->trans_b, p->beta == 0};
+  const Key key{p->device_id, p->m, p->n, p->k, p->lda, p->ldb, p->ldc, p->a_dtype, p->b_dtype, p->c_dtype, p->trans_a, p->trans_b, p->beta == 0, bias != nullptr};
   auto at = s.plans.find(key);
-  if (at == s.plans.end()) at = s.plans.emplace(key, make_plan(l, s.handle, p)).first;
+  if (at == s.plans.end()) at = s.plans.emplace(key, make_plan(l, s.handle, p, bias)).first;
   const Plan& plan = at->second;
-  if (!plan.ok) return 1;
+  if (!plan.ok || (bias && l.desc_set(plan.desc, kDescBiasPointer, &bias, sizeof bias))) return 1;
   const int rc = l.matmul(s.handle, plan.desc, &p->alpha, p->b, plan.a, p->a, plan.b, &p->beta, p->c, plan.c, p->c, plan.c, &plan.algo, workspace, kWorkspace,
                           static_cast<cudaStream_t>(stream));
   if (rc) return set_error("ERR_LC_CUDA", ("cublasLtMatmul failed with status " + std::to_string(rc)).c_str());

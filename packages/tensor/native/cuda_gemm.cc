@@ -60,15 +60,31 @@ int choose(GemmChoice* choice, const char* op) {
   return 0;
 }
 
+/* Whether lc's own kernels are to run, whatever there is. */
+bool only_own(const lctx_gemm_params* p, GemmChoice choice) {
+  return p->backend == 1 || (p->backend == 0 && (choice == GemmChoice::portable || choice == GemmChoice::hopper));
+}
+
 }  // namespace
+
+int gemm_with_bias(const lctx_gemm_params* p, void* bias, int32_t bias_dtype) {
+  void* stream;
+  GemmChoice choice;
+  if (stream_of(p->device_id, p->stream, &stream) || choose(&choice, "gemm")) return -1;
+  if (!only_own(p, choice) && bias_dtype == p->c_dtype && reinterpret_cast<uintptr_t>(bias) % 16 == 0) {
+    const int rc = cublaslt_gemm(p, bias, stream);
+    if (rc <= 0) return rc;
+  }
+  if (gemm(p)) return -1;
+  return status(launch_add_bias({{}, {bias, bias_dtype, p->n}, {p->c, p->c_dtype, p->ldc}, p->m, p->n, 1, false, nullptr}, stream), "gemm");
+}
 
 int gemm(const lctx_gemm_params* p) {
   void* stream;
   GemmChoice choice;
   if (stream_of(p->device_id, p->stream, &stream) || choose(&choice, "gemm")) return -1;
-  const bool own = p->backend == 1 || (p->backend == 0 && (choice == GemmChoice::portable || choice == GemmChoice::hopper));
-  if (!own) {
-    const int rc = cublaslt_gemm(p, stream);
+  if (!only_own(p, choice)) {
+    const int rc = cublaslt_gemm(p, nullptr, stream);
     if (rc <= 0) return rc;
     if (p->backend == 2 && p->m && p->n && p->k)
       return *cublaslt_path() ? set_error("ERR_LC_CUDA", "gemm: cuBLASLt was asked for, but takes neither these dtypes nor operands that do not start on 16 bytes; use backend 0 or 1")

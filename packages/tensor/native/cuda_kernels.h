@@ -76,8 +76,8 @@ int launch_gemm_ffma(const GemmLaunch& p, bool a_f32, bool b_f32, void* stream);
 bool launch_gemm_narrow(const GemmLaunch& p, bool a_f32, bool b_f32, void* stream, int* status);
 int32_t gemm_narrow_splits(const GemmLaunch& p, bool a_f32, bool b_f32); /* 0: not one of them */
 
-/* cuBLASLt, if this machine has it: 0 done, 1 not available (the caller takes its own kernel), -1 error set. */
-int cublaslt_gemm(const lctx_gemm_params* p, void* stream);
+/* cuBLASLt, if this machine has it: 0 done, 1 not available (the caller takes its own kernel), -1 error set. `bias`: null, or [n] in c's dtype. */
+int cublaslt_gemm(const lctx_gemm_params* p, const void* bias, void* stream);
 const char* cublaslt_path();         /* "" when not found */
 void cublaslt_forget(void* stream); /* frees what it keeps for a stream that is about to be destroyed */
 

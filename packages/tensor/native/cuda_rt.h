@@ -39,6 +39,8 @@ int default_stream(int device, void** out);
 int copy_async(void* dst, const void* src, size_t bytes, void* stream);
 
 int gemm(const lctx_gemm_params* p);
+/* c + bias[n]: in cuBLASLt's product where it is used and bias has c's dtype, else after it. */
+int gemm_with_bias(const lctx_gemm_params* p, void* bias, int32_t bias_dtype);
 int grouped_gemm(const lctx_grouped_gemm_params* p);
 
 /* Turns a CUDA status into lc's error; 0 when it is success. Clears the sticky error. */

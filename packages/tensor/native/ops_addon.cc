@@ -5,6 +5,7 @@
 #include "ops_checks.h"
 #ifdef LCTX_WITH_CUDA
 #include "cuda_ops.h"
+#include "cuda_rt.h"
 #endif
 
 namespace lctx {
@@ -46,7 +47,24 @@ void gemm_op(const Napi::CallbackInfo& info) {
   const lctx_gemm_params p{sizeof p, c.device.device_type == kDLCUDA ? kDLCUDA : kDLCPU, c.device.device_id, a.dtype, b.dtype, c.dtype, ta, tb, m, n, k,
                            ld(a), ld(b), ld(c), static_cast<float>(args.number("alpha", 1)), static_cast<float>(args.number("beta", 0)),
                            a.data, b.data, c.data, gpu_stream(args), static_cast<int32_t>(args.integer("backend", 0)), 0};
+  const View bias = args.optional("bias");
+  if (!bias) {
+    check(args.env(), api()->gemm(&p));
+    return;
+  }
+  one_device(args, {{"c", c}, {"bias", bias}});
+  expect_shape(args, {"bias", bias}, {n}, {{"c", c}});
+  if (!bias.contiguous()) args.fail("ERR_LC_STRIDES", "bias: must be contiguous, got " + bias.describe());
+  if (bias.dtype != c.dtype && bias.dtype != LCTX_F32) args.fail("ERR_LC_DTYPE", "bias: expected f32 or c's dtype, got " + bias.describe());
+  apart(args, {"c", c}, {"bias", bias}, false);
+#ifdef LCTX_WITH_CUDA
+  if (p.device_type == kDLCUDA) {
+    check(args.env(), cuda::gemm_with_bias(&p, bias.data, bias.dtype));
+    return;
+  }
+#endif
   check(args.env(), api()->gemm(&p));
+  cpu::add_bias({nullptr, bias.as<float>(), c.as<float>(), m, n, 0, 0, p.ldc, 1, false});
 }
 
 /* [experts, rows, columns] with packed columns; rows and experts may be apart. */

@@ -4,7 +4,7 @@ import { core } from './native.js';
 import type { Tensor } from './tensor.js';
 
 /**
- * Arguments of `gemm`: c = alpha op(a) op(b) + beta c; one device. Rows may be strided. On the CPU all f32, on a GPU f32 or bf16 with f32
+ * Arguments of `gemm`: c = alpha op(a) op(b) + beta c + bias; one device. Rows may be strided. On the CPU all f32, on a GPU f32 or bf16 with f32
  * accumulation.
  */
 export interface GemmArgs {
@@ -20,6 +20,8 @@ export interface GemmArgs {
   alpha?: number;
   /** Default 0: c is not read. */
   beta?: number;
+  /** [n], added to every row. f32 or c's dtype. cuBLASLt adds it before c is rounded; elsewhere a pass of its own does, after it. Default none. */
+  bias?: Tensor | null;
   /** CUDA only: 0 = best there is (default), 1 = lc's own kernel, 2 = cuBLASLt. */
   backend?: 0 | 1 | 2;
   /** CUDA only; default: the device's default stream. */
@@ -58,7 +60,7 @@ function checkScalars(op: string, { alpha = 1, beta = 0 }: { alpha?: number; bet
 }
 
 /**
- * c = alpha op(a) op(b) + beta c. Row-major; rows may be strided views. On the CPU f32; on CUDA bf16 (f32 accumulation) or f32.
+ * c = alpha op(a) op(b) + beta c + bias. Row-major; rows may be strided views. On the CPU f32; on CUDA bf16 (f32 accumulation) or f32.
  * On the CPU an element's bits depend on its row of op(a), its column of op(b) and k alone: not on the number of threads, m, n or the storage order.
  * @throws ERR_LC_SHAPE, ERR_LC_DTYPE, ERR_LC_DEVICE, ERR_LC_STRIDES; ERR_LC_ARGUMENT where c overlaps a or b
  */

@@ -1,7 +1,6 @@
 import type { ExpertLinear, Linear, Parameter, Pass, Span } from './blocks.js';
 import { LcTypeError } from './errors.js';
 import { gemm, groupedGemm } from './gemm.js';
-import { addBias } from './rowops.js';
 import type { Tensor } from './tensor.js';
 import type { Workspace } from './workspace.js';
 
@@ -31,8 +30,7 @@ export class PlainLinear implements Linear {
   close(): void {}
 
   forward(x: Tensor, out: Tensor, _at: Span, _ws: Workspace): void {
-    gemm({ a: x, b: this.weight, c: out, transB: true });
-    if (this.bias) addBias({ x: out, bias: this.bias });
+    gemm({ a: x, b: this.weight, c: out, transB: true, bias: this.bias });
   }
 
   backward(_x: Tensor, dout: Tensor, dx: Tensor | null, _at: Span, _ws: Workspace, accumulate = false): void {

@@ -70,6 +70,29 @@ describe('gemm', () => {
     }
   });
 
+  it('adds a bias to every row', () => {
+    using a = tensor([5, 7], 1);
+    using b = tensor([9, 7], 2);
+    using bias = tensor([9], 3);
+    using out = zeros([5, 20]);
+    const c = out.slice(1, 4, 9);
+    gemm({ a, b, c, transB: true, bias });
+    const want = reference.gemm({ a: a.data(), b: b.data(), m: 5, n: 9, k: 7, transB: true });
+    for (let i = 0; i < 5; i++)
+      for (let j = 0; j < 20; j++) {
+        const inside = j >= 4 && j < 13;
+        expect(out.data()[i * 20 + j]).toBeCloseTo(inside ? (want[i * 9 + j - 4] as number) + (bias.data()[j - 4] as number) : 0, 5);
+      }
+    using short = tensor([8], 3);
+    using half = empty([9], { dtype: 'bf16' });
+    expect(() => gemm({ a, b, c, transB: true, bias: short })).toThrow(expect.objectContaining({ code: 'ERR_LC_SHAPE' }));
+    expect(() => gemm({ a, b, c, transB: true, bias: half })).toThrow(expect.objectContaining({ code: 'ERR_LC_DTYPE' }));
+    using square = tensor([5, 5], 4);
+    expect(() => gemm({ a, b: a, c: square, transB: true, bias: square.rows(0, 1).view([5]) })).toThrow(
+      expect.objectContaining({ code: 'ERR_LC_ARGUMENT' }),
+    );
+  });
+
   it('gives an element the same bits alone and in a large product', () => {
     using a = tensor([500, 700], 1);
     using b = tensor([300, 700], 2);
