@@ -7,6 +7,8 @@ import { openSafetensors } from '@lc/tensor/safetensors';
 import { expectNoLeaks } from '@lc/tensor/testing';
 import { afterAll, afterEach, describe, expect, it, vi } from 'vitest';
 import { chooseKernels } from '../src/bench/kernels.js';
+import { Sweeps } from '../src/bench/step-run.js';
+import { Ticker } from '../src/bench/ticker.js';
 import { program, runProgram } from '../src/cli/program.js';
 
 expectNoLeaks();
@@ -139,6 +141,42 @@ describe('lc bench step', () => {
     expect(probe).toMatchObject({ probe: true, layers: 2 });
     expect(probe.vram).toEqual(whole.vram);
     expect(probe.hostBytes).toEqual(whole.hostBytes);
+    const segments = await rowOf('step', '--tokens', '1024', '--chunk', '256', '--host', '--layers-per-segment', '2', '--probe');
+    expect(segments).toMatchObject({ probe: true, layers: 2, layersPerSegment: 2, kept: 2, keptTokens: 1024 });
+  });
+
+  it('says when a layer has ended, so that a run that is cut off tells how far it got', () => {
+    const ends: string[] = [];
+    const sweeps = new Sweeps((what, took, at) => {
+      expect(took).toBeGreaterThanOrEqual(0);
+      expect(at).toBeGreaterThanOrEqual(took);
+      ends.push(what);
+    });
+    for (const [phase, layer, last] of [
+      ['input', -1, false],
+      ['forward', 0, false],
+      ['forward', 0, false],
+      ['forward', 1, false],
+      ['forward', 1, true],
+      ['loss', -1, true],
+      ['fill', 1, false],
+      ['backward', 1, false],
+      ['fill', 0, false],
+      ['backward', 0, true],
+    ] as const)
+      sweeps.at(phase, layer, last);
+    const layers = ['fill, layer 1', 'backward, layer 1', 'fill, layer 0', 'backward, layer 0'];
+    expect(ends).toEqual(['input', 'forward, layer 0', 'forward, layer 1', 'loss', ...layers]);
+    const ticked: string[] = [];
+    const spy = vi.spyOn(process.stderr, 'write').mockReturnValue(true);
+    using ticker = new Ticker('step', (text) => ticked.push(text));
+    ticker.about('1,000 tokens');
+    ticker.note('forward, layer 0 done in 2.0 s');
+    const lines = spy.mock.calls.map(([line]) => line);
+    spy.mockRestore();
+    expect(lines.at(-1)).toMatch(/^\[lc bench step, \d+\.\d s\] 1,000 tokens: forward, layer 0 done in 2\.0 s\n$/);
+    expect(ticked.at(-1)).toBe('1,000 tokens: forward, layer 0 done in 2.0 s');
+    expect(ticker.log).toEqual([expect.stringMatching(/^\d+\.\d s: 1,000 tokens: forward, layer 0 done in 2\.0 s$/)]);
   });
 
   it('searches the longest length that fits', async () => {
@@ -219,9 +257,13 @@ describe('lc bench table1', () => {
     const longest = table.map((row) => row.longest.maxTokens);
     for (let i = 1; i < 5; i++) expect(longest[i]).toBeGreaterThanOrEqual(longest[i - 1] as number);
     expect(longest[4]).toBeGreaterThan(2 * (longest[0] as number));
-    const printed = await lc('bench', 'table1', ...tiny, '--tokens', '512', '--rows', '1,5', '--no-search');
+    const printed = await lc('bench', 'table1', ...tiny, '--tokens', '512', '--rows', '1,chunks', '--no-search');
     expect(printed.out).toMatch(/\| none \|/);
     expect(printed.out).toMatch(/\| \+ chunks \|/);
+    expect(printed.out).not.toMatch(/\| \+ tiled-mlp \|/);
+    const wrong = await lc('bench', 'table1', ...tiny, '--rows', 'chunk');
+    expect(wrong.code).toBe(2);
+    expect(wrong.err).toMatch(/--rows: expected numbers from 1 to 5 or none, chunked-ce, offload-ckpt, tiled-mlp, chunks, got 'chunk'/);
     expect(deviceMemory('host').liveBytes).toBe(0);
   });
 });

@@ -36,7 +36,10 @@ describe('work of a step', () => {
     expect(step).toBeCloseTo(gemms + 4.5 * attention, -6);
     expect(floorSeconds).toBeCloseTo(gemms / 750e12 + (4.5 * attention) / 450e12, 6);
     // Where the output of a full layer is kept, backward does not compute it again.
-    expect(stepFlops(model, tokens, { kept: 12 }).step).toBeCloseTo(gemms + 3.5 * full + 4.5 * windowed, -6);
+    expect(stepFlops(model, tokens, { kept: { layers: 12, tokens } }).step).toBeCloseTo(gemms + 3.5 * full + 4.5 * windowed, -6);
+    // The last half of the tokens has three quarters of the pairs.
+    const half = { layers: 12, tokens: tokens / 2 };
+    expect(stepFlops(model, tokens, { kept: half }).step / (gemms + 3.75 * full + 4.5 * windowed)).toBeCloseTo(1, 4);
     expect(stepFlops(model, tokens, { layers: 2 }).attention).toBe((full + windowed) / 12);
   });
 

@@ -11,7 +11,7 @@ export interface StepFlops {
   head: number;
   /** One forward of every layer's attention over visible pairs, for the whole sequence of one document. */
   attention: number;
-  /** 3 x linear (forward, recomputation, gradient of the inputs) + head + 4.5 x attention (forward, recomputation, 2.5 in backward; 3.5 where its output is kept). */
+  /** 3 x linear (forward, recomputation, gradient of the inputs) + head + 4.5 x attention (forward, recomputation, 2.5 in backward; 3.5 for queries whose output is kept). */
   step: number;
   /** Seconds at `floorRates`. */
   floorSeconds: number;
@@ -25,16 +25,21 @@ export function visiblePairs(tokens: number, window: number | null): number {
 
 /**
  * @param options.layers count only the first so many (a probe)
- * @param options.kept the last so many layers without a window keep their attention output, so that backward does not run attention forward again
+ * @param options.kept of the last `layers` layers without a window the attention output of the last `tokens` tokens is kept, so that backward does not run attention forward again for them
  */
-export function stepFlops(config: ModelConfig, tokens: number, options: { layers?: number; kept?: number } = {}): StepFlops {
+export function stepFlops(
+  config: ModelConfig,
+  tokens: number,
+  options: { layers?: number; kept?: { layers: number; tokens: number } } = {},
+): StepFlops {
   const { hiddenSize: h, headDim, vocabSize, moe } = config;
-  const { layers = config.layers.length, kept = 0 } = options;
+  const { layers = config.layers.length, kept = { layers: 0, tokens: 0 } } = options;
   const q = config.numAttentionHeads * headDim;
   const kv = config.numKeyValueHeads * headDim;
   const keeps = new Set(
-    config.layers.flatMap(({ window }, i) => (window === null ? [i] : [])).slice(kept > 0 ? -kept : config.layers.length),
+    config.layers.flatMap(({ window }, i) => (window === null ? [i] : [])).slice(kept.layers > 0 ? -kept.layers : config.layers.length),
   );
+  const notKept = visiblePairs(tokens - kept.tokens, null) / visiblePairs(tokens, null); // of a layer that keeps: share of the pairs
   let linear = 0;
   let attention = 0;
   let attentionWork = 0;
@@ -44,7 +49,7 @@ export function stepFlops(config: ModelConfig, tokens: number, options: { layers
     const forward = 4 * q * visiblePairs(tokens, window);
     linear += 2 * (h * (q + 2 * kv) + q * h + (mlp === 'moe' ? active : dense));
     attention += forward;
-    attentionWork += (keeps.has(i) ? 3.5 : 4.5) * forward;
+    attentionWork += (3.5 + (keeps.has(i) ? notKept : 1)) * forward;
   }
   const head = 4 * h * vocabSize;
   const gemms = (3 * linear + head) * tokens;

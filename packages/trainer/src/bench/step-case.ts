@@ -17,8 +17,8 @@ export interface StepCase {
   layersPerSegment?: number | 'auto' | undefined;
   /** Every gradient checkpoint in host memory, instead of in spare device memory first. */
   host?: boolean | undefined;
-  /** Layers without a window whose attention output is kept for backward. Default: as many as fit. */
-  keep?: number | 'auto' | undefined;
+  /** Layers without a window whose attention output is kept for backward, of each the last so many tokens. Default: as much as fits. */
+  keep?: number | 'auto' | { layers: number; tokens: number } | undefined;
   /** Attention's backward in no fixed order of additions. */
   nondeterministic?: boolean | undefined;
   /** Bytes of device memory, and of host memory, that may be taken. */

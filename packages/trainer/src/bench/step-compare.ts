@@ -49,7 +49,9 @@ export async function compare(
     held.push(withIt);
     const { chunk, tile, lossChunk, keep } = withIt.reservation.plan;
     const without = [...new Set<Optimization>([...(what === 'offload' ? c.without : kept), what])];
-    held.push(new PreparedStep(model, { ...c, ...{ chunk, tile, lossChunk, keep: keep.layers }, without }));
+    held.push(
+      new PreparedStep(model, { ...c, ...{ chunk, tile, lossChunk, keep: { layers: keep.layers, tokens: keep.tokens } }, without }),
+    );
     const seconds: [number[], number[]] = [[], []];
     let warm = 0;
     for (const prepared of held) warm += await timed(prepared, c.tokens, io);

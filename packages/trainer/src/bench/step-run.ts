@@ -25,8 +25,9 @@ export interface StepResult {
   tile?: number;
   lossChunk?: number;
   layersPerSegment?: number;
-  /** Layers whose attention output was kept for backward. */
+  /** Layers whose attention output was kept for backward, and of how many tokens of each. */
   kept?: number;
+  keptTokens?: number;
   reserveSeconds?: number;
   seconds?: number;
   tokensPerSecond?: number;
@@ -59,6 +60,8 @@ export interface StepIo {
   optimizer: AdamW;
   /** Told what goes on, at most once per chunk. */
   onProgress?: (text: string) => void;
+  /** Told when a layer's forward or backward, or the loss, that took a second or more has ended. */
+  onEnd?: (text: string) => void;
   signal?: AbortSignal;
 }
 
@@ -156,13 +159,15 @@ export class PreparedStep implements Disposable {
   }
 
   /** One pass through forward, loss and backward: gradients are added up. */
-  async step(tokens: number, onProgress?: (text: string) => void, signal?: AbortSignal): Promise<SequenceLoss> {
+  async step(tokens: number, onProgress?: (text: string) => void, signal?: AbortSignal, onEnd?: SweepEnd): Promise<SequenceLoss> {
     const { model, c, reservation } = this;
+    const sweeps = new Sweeps(onEnd);
     model.setTile(reservation.plan.tile); // another case may have changed it
     return reservation.session.step(sequenceOf(model, tokens), {
       ...(c.probe ? { layers: Math.min(PROBE_LAYERS, model.layers.length) } : {}),
       signal,
       onProgress: ({ phase, layer, done, total }) => {
+        sweeps.at(phase, layer, done === total);
         const share = ((100 * done) / total).toFixed(0);
         onProgress?.(`${phase}${layer < 0 ? '' : `, layer ${layer}`}, ${share}% of the pass`);
       },
@@ -181,6 +186,38 @@ export class PreparedStep implements Disposable {
     this.dispose();
   }
 }
+
+/** Told what ended, how long it took, and when: seconds of the step. */
+type SweepEnd = (what: string, took: number, at: number) => void;
+
+/** Notices when the sweep of a layer over all chunks has ended. At most two chunks are queued ahead of the device, so times are early by no more than those. */
+export class Sweeps {
+  private readonly start = performance.now();
+  private began = this.start;
+  private current = '';
+
+  constructor(private readonly onEnd: SweepEnd | undefined) {}
+
+  at(phase: string, layer: number, last: boolean): void {
+    const what = layer < 0 ? phase : `${phase}, layer ${layer}`;
+    if (what !== this.current) {
+      this.end();
+      this.current = what;
+    }
+    if (!last) return;
+    this.end();
+    this.current = '';
+  }
+
+  private end(): void {
+    const now = performance.now();
+    if (this.current !== '') this.onEnd?.(this.current, (now - this.began) / 1000, (now - this.start) / 1000);
+    this.began = now;
+  }
+}
+
+/** Ends of sweeps shorter than this are not worth a line. */
+const LONG_SWEEP = 1;
 
 /** Most tokens of a warm-up. */
 const WARM = 16384;
@@ -206,7 +243,7 @@ export async function runStep(model: CausalLM, c: StepCase, io: StepIo): Promise
 
 async function measure(
   prepared: PreparedStep,
-  { optimizer, onProgress, signal }: StepIo,
+  { optimizer, onProgress, onEnd, signal }: StepIo,
 ): Promise<Omit<StepResult, 'tokens' | 'name' | 'without' | 'probe'>> {
   const { model, c, reservation } = prepared;
   const { plan, session } = reservation;
@@ -220,7 +257,14 @@ async function measure(
 
   const from = performance.now();
   const since = (): number => (performance.now() - from) / 1000;
-  const { loss } = await prepared.step(c.tokens, (text) => onProgress?.(`${text}, ${since().toFixed(0)} s`), signal);
+  const { loss } = await prepared.step(
+    c.tokens,
+    (text) => onProgress?.(`${text}, ${since().toFixed(0)} s`),
+    signal,
+    (what, took, at) => {
+      if (took >= LONG_SWEEP) onEnd?.(`${what} done in ${took.toFixed(1)} s, ${at.toFixed(1)} s of the step`);
+    },
+  );
   const stepped = since();
   const { gradNorm } = optimizer.step({ maxGradNorm: 1 });
   await prepared.sync();
@@ -228,13 +272,14 @@ async function measure(
 
   const profile = Object.entries(await session.schedule.profile());
   const layers = c.probe ? Math.min(PROBE_LAYERS, model.layers.length) : model.layers.length;
-  const flops = stepFlops(model.config, c.tokens, { layers, kept: plan.keep.layers });
+  const flops = stepFlops(model.config, c.tokens, { layers, kept: plan.keep });
   const ops = c.profileOps ? await opsOf(prepared, optimizer) : undefined;
   const memory = deviceMemory(model.device);
   const driver = processMemory(model.device);
   return {
     fits: true,
-    ...{ layers, chunk: plan.chunk, tile: plan.tile, lossChunk: plan.lossChunk, layersPerSegment: plan.segment, kept: plan.keep.layers },
+    ...{ layers, chunk: plan.chunk, tile: plan.tile, lossChunk: plan.lossChunk, layersPerSegment: plan.segment },
+    ...{ kept: plan.keep.layers, keptTokens: plan.keep.tokens },
     ...{ reserveSeconds: prepared.reserveSeconds, seconds, tokensPerSecond: c.tokens / seconds, loss, gradNorm },
     phases: { ...Object.fromEntries(profile.map(([phase, { ms }]) => [phase, ms / 1000])), 'clip and AdamW': seconds - stepped },
     copyWaitSeconds: profile.reduce((sum, [, { waitMs }]) => sum + waitMs / 1000, 0),

@@ -14,6 +14,10 @@ const vram = (row: Row): string => {
 };
 const host = (row: Row): string => (row.hostBytes ? gibibytes((row.hostBytes as { peak: number }).peak) : '');
 
+/** Layers whose attention output is kept, and of how many tokens, where not of all. */
+const kept = ({ kept: layers, keptTokens, tokens: all }: Row): string =>
+  layers === undefined ? '' : layers === 0 || keptTokens === all ? String(layers) : `${layers} x ${count(keptTokens as number)}`;
+
 export function stepTable(rows: readonly Row[], title?: string): Table {
   return {
     ...(title ? { title } : {}),
@@ -24,7 +28,7 @@ export function stepTable(rows: readonly Row[], title?: string): Table {
         'chunk / tile / loss chunk',
         (r) => (r.chunk === undefined ? '' : `${count(r.chunk as number)} / ${count(r.tile as number)} / ${count(r.lossChunk as number)}`),
       ],
-      ['layers kept', text('kept')],
+      ['layers kept', kept],
       ['step', fixed('seconds', 2, ' s')],
       ['tokens/s', (r) => (r.tokensPerSecond === undefined ? '' : count(Math.round(r.tokensPerSecond as number)))],
       ['TFLOP/s', (r) => (r.tflops === undefined ? '' : (r.tflops as number).toPrecision(3))],

@@ -47,9 +47,10 @@ async function build(name: string, device: DeviceLike, o: BuildOptions): Promise
   const scope = new Scope();
   try {
     const report = newReport(name, device);
-    const ticker = scope.own(
+    const ticker: Ticker = scope.own(
       new Ticker(name, (text) => {
         report.environment.progress = text;
+        if (ticker.log.length > 0) report.environment.log = ticker.log;
         save(report, o);
       }),
     );
@@ -78,7 +79,12 @@ async function build(name: string, device: DeviceLike, o: BuildOptions): Promise
         'The floor takes 750 TFLOP/s for the first two and 450 for attention; TFLOP/s counts the same work. ' +
         'AdamW runs with a learning rate of 0, so that every run starts from the same parameters. A warm-up of one chunk (of at most 16,384 tokens) comes first.',
     );
-    const io: StepIo = { optimizer, onProgress: (text) => ticker.tell(text), ...(o.signal ? { signal: o.signal } : {}) };
+    const io: StepIo = {
+      optimizer,
+      onProgress: (text) => ticker.tell(text),
+      onEnd: (text) => ticker.note(text),
+      ...(o.signal ? { signal: o.signal } : {}),
+    };
     return { model, report, io, ticker, [Symbol.dispose]: () => scope.dispose() };
   } catch (error) {
     scope.dispose();
@@ -139,6 +145,9 @@ export interface Table1Options extends BuildOptions {
   most?: number | undefined;
 }
 
+/** Names of the rows, each with one more optimization. */
+export const table1Rows = ['none', 'chunked-ce', 'offload-ckpt', 'tiled-mlp', 'chunks'] as const;
+
 /** Row by row one more optimization: none, + chunked-ce, + offload-ckpt, + tiled-mlp, + chunks. */
 export async function benchTable1(device: DeviceLike, o: Table1Options): Promise<Report> {
   using bench = await build('table1', device, o);
@@ -150,11 +159,11 @@ export async function benchTable1(device: DeviceLike, o: Table1Options): Promise
       'two layers (a windowed and a full one, where the model has them) executed; there, spare device memory holds checkpoints before host memory does. Attention outputs are not kept. ' +
       'Without chunked-ce: f32 logits of the whole sequence at once and an array of that size for their gradient are held, as in plain PyTorch; the loss is computed by our kernel.',
   );
-  const labels = ['none', '+ chunked-ce', '+ offload-ckpt', '+ tiled-mlp', '+ chunks'];
   const { vram, ram, chunk, tile, lossChunk } = o;
   for (const number of o.rows ?? [1, 2, 3, 4, 5]) {
     const without = optimizations.slice(number - 1);
-    const label = labels[number - 1] as string;
+    const name = table1Rows[number - 1] as string;
+    const label = number === 1 ? name : `+ ${name}`;
     const shared = { ...{ without, vram, ram, chunk, tile, lossChunk }, keep: 0 } satisfies Omit<StepCase, 'tokens'>;
     const row: Row = { label, without };
     rows.push(row);

@@ -1,10 +1,12 @@
-/** A line on stderr every ten seconds, so that a long run can be watched from outside. */
+/** A line on stderr every ten seconds and at what is worth one, so that a long run can be watched from outside, and says how far it got when it is cut off. */
 export class Ticker implements Disposable {
   private subject = '';
   private latest = '';
   private told = '';
   private readonly from = performance.now();
   private readonly timer: NodeJS.Timeout;
+  /** What was noted, with the seconds since the start. */
+  readonly log: string[] = [];
 
   /** @param onTick also told, e.g. to save what there is */
   constructor(
@@ -27,6 +29,13 @@ export class Ticker implements Disposable {
     this.latest = text;
   }
 
+  /** Something has ended: a line at once, and one that stays. */
+  note(text: string): void {
+    this.latest = text;
+    this.log.push(`${this.seconds()} s: ${this.subject}: ${text}`);
+    this.tick();
+  }
+
   dispose(): void {
     clearInterval(this.timer);
   }
@@ -38,8 +47,11 @@ export class Ticker implements Disposable {
     const text = [this.subject, this.latest].filter((part) => part !== '').join(': ');
     if (text === this.told) return;
     this.told = text;
-    const seconds = ((performance.now() - this.from) / 1000).toFixed(1);
-    process.stderr.write(`[lc bench ${this.name}, ${seconds} s] ${text}\n`);
+    process.stderr.write(`[lc bench ${this.name}, ${this.seconds()} s] ${text}\n`);
     this.onTick(text);
+  }
+
+  private seconds(): string {
+    return ((performance.now() - this.from) / 1000).toFixed(1);
   }
 }

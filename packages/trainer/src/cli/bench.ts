@@ -11,7 +11,7 @@ import { benchMlp } from '../bench/mlp.js';
 import { benchOffload } from '../bench/offload.js';
 import { benchDevice, finish, type OutputOptions, type Report } from '../bench/report.js';
 import { benchRows } from '../bench/rows.js';
-import { benchStep, benchTable1 } from '../bench/step.js';
+import { benchStep, benchTable1, table1Rows } from '../bench/step.js';
 import { type Optimization, optimizations, parseWithout } from '../bench/step-case.js';
 import { parseBytes, wholeNumber } from './exit.js';
 
@@ -85,10 +85,16 @@ async function stepCommand(flags: StepFlags): Promise<void> {
   if (!fits) process.exitCode = 3;
 }
 
+/** A row of table 1 by number or name. */
+function rowOf(text: string): number {
+  const named = (table1Rows as readonly string[]).indexOf(text) + 1;
+  if (named > 0 || /^[1-5]$/.test(text)) return named || Number(text);
+  throw new LcError('ERR_LC_CONFIG', `--rows: expected numbers from 1 to 5 or ${table1Rows.join(', ')}, got '${text}'`);
+}
+
 async function table1Command(flags: StepFlags): Promise<void> {
   const device = benchDevice(flags.device);
-  const rows = flags.rows === undefined ? undefined : list('--rows', flags.rows);
-  if (rows?.some((row) => row > 5)) throw new LcError('ERR_LC_CONFIG', `--rows: expected numbers from 1 to 5, got '${flags.rows}'`);
+  const rows = flags.rows?.split(',').map((part) => rowOf(part.trim()));
   const report = await benchTable1(device, {
     ...{ model: modelOf(flags.model), layers: count('--layers', flags.layers), tokens: wholeNumber('--tokens', flags.tokens, 1), rows },
     ...{ chunk: count('--chunk', flags.chunk), tile: count('--tile', flags.tile), lossChunk: count('--loss-chunk', flags.lossChunk) },
@@ -175,7 +181,10 @@ export function addBench(lc: Command): void {
     .option('--check-chunk <n>', 'loss and gradients against those of another chunk size')
     .action(stepCommand);
   model('table1', 'longest length and memory by optimization, one more in each row', 'length of the whole steps')
-    .option('--rows <list>', 'rows to run: 1 none, 2 + chunked-ce, 3 + offload-ckpt, 4 + tiled-mlp, 5 + chunks')
+    .option(
+      '--rows <list>',
+      'rows to run, by name or number: none, chunked-ce, offload-ckpt, tiled-mlp, chunks (each with those before it)',
+    )
     .option('--no-search', 'leave the longest lengths out')
     .action(table1Command);
 }
