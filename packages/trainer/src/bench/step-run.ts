@@ -190,29 +190,31 @@ export class PreparedStep implements Disposable {
 /** Told what ended, how long it took, and when: seconds of the step. */
 type SweepEnd = (what: string, took: number, at: number) => void;
 
-/** Notices when the sweep of a layer over all chunks has ended. At most two chunks are queued ahead of the device, so times are early by no more than those. */
+/**
+ * Notices when the sweep of a layer over all chunks has ended: by the first report of the next one, so the time of the last report counts. At most two chunks are queued ahead of the
+ * device; times are early by no more than those.
+ */
 export class Sweeps {
   private readonly start = performance.now();
   private began = this.start;
+  private latest = this.start;
   private current = '';
 
   constructor(private readonly onEnd: SweepEnd | undefined) {}
 
+  /** After each call on a chunk; `last`: of the pass. */
   at(phase: string, layer: number, last: boolean): void {
     const what = layer < 0 ? phase : `${phase}, layer ${layer}`;
-    if (what !== this.current) {
-      this.end();
-      this.current = what;
-    }
-    if (!last) return;
-    this.end();
-    this.current = '';
+    if (what !== this.current) this.end();
+    this.current = what;
+    this.latest = performance.now();
+    if (last) this.end();
   }
 
   private end(): void {
-    const now = performance.now();
-    if (this.current !== '') this.onEnd?.(this.current, (now - this.began) / 1000, (now - this.start) / 1000);
-    this.began = now;
+    if (this.current !== '') this.onEnd?.(this.current, (this.latest - this.began) / 1000, (this.latest - this.start) / 1000);
+    this.began = this.latest;
+    this.current = '';
   }
 }
 
