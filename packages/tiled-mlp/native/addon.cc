@@ -181,15 +181,16 @@ void gather_op(const Napi::CallbackInfo& info) {
   if (to_cuda(args, "out", LCTX_CUDA_OP(gather_op))) return;
   const View x = matrix(args, "x"), out = matrix(args, "out");
   GatherParams p{};
-  p.rows = out.shape[0];
+  const int64_t rows = out.shape[0];
+  p.tokens = x.shape[0];
   p.width = out.shape[1];
   p.top_k = args.integer("topK");
-  if (p.top_k < 1 || x.shape[0] * p.top_k != p.rows || x.shape[1] != p.width)
+  if (p.top_k < 1 || p.tokens * p.top_k != rows || x.shape[1] != p.width)
     args.fail("ERR_LC_SHAPE", "x " + x.describe() + " and out " + out.describe() + " do not fit topK " + std::to_string(p.top_k));
-  const View pair_of = list(args, "pairOf", LCTX_I32, p.rows);
-  in_range(args, pair_of, "pairOf", p.rows, p.rows);
-  p.pair_of = pair_of.as<int32_t>();
-  if (args.optional("weights")) p.weights = list(args, "weights", LCTX_F32, p.rows).as<float>();
+  const View row_of = list(args, "rowOf", LCTX_I32, rows);
+  in_range(args, row_of, "rowOf", rows, rows);
+  p.row_of = row_of.as<int32_t>();
+  if (args.optional("weights")) p.weights = list(args, "weights", LCTX_F32, rows).as<float>();
   p.x = x.as<float>();
   p.ldx = x.row_stride();
   p.out = out.as<float>();

@@ -129,12 +129,12 @@ void gather_op(const Args& args) {
   p.top_k = top_k(args);
   if (out.ndim != 2 || x.ndim != 2 || x.shape[0] * p.top_k != out.shape[0] || x.shape[1] != out.shape[1])
     args.fail("ERR_LC_SHAPE", "x " + x.describe() + " and out " + out.describe() + " do not fit topK " + std::to_string(p.top_k));
-  p.rows = out.shape[0];
+  p.tokens = x.shape[0];
   p.width = out.shape[1];
   p.x = device_rows(args, x, "x", out);
   p.out = device_rows(args, out, "out", out);
-  p.pair_of = list<int32_t>(args, "pairOf", LCTX_I32, p.rows, out);
-  if (args.optional("weights")) p.weights = list<float>(args, "weights", LCTX_F32, p.rows, out);
+  p.row_of = list<int32_t>(args, "rowOf", LCTX_I32, p.tokens * p.top_k, out);
+  if (args.optional("weights")) p.weights = list<float>(args, "weights", LCTX_F32, p.tokens * p.top_k, out);
   cuda_must(args, gather(p, cuda_stream(args, out)));
 }
 void combine_op(const Args& args) {

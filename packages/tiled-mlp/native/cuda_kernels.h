@@ -33,8 +33,8 @@ int route_backward(const RouteBackward& p, cudaStream_t stream);
 struct Gather {
   DeviceRows x, out;
   const float* weights;
-  const int32_t* pair_of;
-  int64_t rows, width, top_k;
+  const int32_t* row_of;
+  int64_t tokens, width, top_k;
 };
 int gather(const Gather& p, cudaStream_t stream);
 

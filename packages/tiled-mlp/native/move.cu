@@ -8,26 +8,31 @@ namespace lctx::mlp::cuda {
 namespace {
 
 /* The kernels with `8` take bf16 eight elements a thread; the others any rows. The values are the same. */
-__global__ void __launch_bounds__(THREADS) gather8_kernel(const __grid_constant__ Gather p, const __grid_constant__ Divide per_row, const __grid_constant__ Divide top_k, uint32_t count) {
+/* TOP_K: of p, or 0 for any. By token, so that x, of which a tile may have more than fits into L2, is read once. */
+template <int TOP_K>
+__global__ void __launch_bounds__(THREADS) gather8_kernel(const __grid_constant__ Gather p, const __grid_constant__ Divide per_row, uint32_t count) {
   const uint32_t i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= count) return;
-  const uint32_t row = per_row(i), eighth = i - row * per_row.by;
-  const int64_t r = row, c = eighth * 8;
-  const int32_t pair = p.pair_of[r];
-  const int64_t token = top_k(static_cast<uint32_t>(pair));
-  uint4 x = __ldg(eight(p.x, token * p.x.ld + c));
-  if (p.weights) {
-    const float weight = p.weights[pair];
-    float v[8];
-    unpack(x, v);
+  const uint32_t token = per_row(i), eighth = i - token * per_row.by;
+  const int64_t t = token, c = eighth * 8, top_k = TOP_K ? TOP_K : p.top_k;
+  const uint4 x = __ldg(eight(p.x, t * p.x.ld + c));
 #pragma unroll
-    for (float& e : v) e *= weight;
-    x = pack(v);
+  for (int64_t j = 0; j < top_k; j++) {
+    const int64_t pair = t * top_k + j;
+    uint4 y = x;
+    if (p.weights) {
+      const float weight = p.weights[pair];
+      float v[8];
+      unpack(x, v);
+#pragma unroll
+      for (float& e : v) e *= weight;
+      y = pack(v);
+    }
+    *eight(p.out, p.row_of[pair] * p.out.ld + c) = y;
   }
-  *eight(p.out, r * p.out.ld + c) = x;
 }
 
-/* TOP_K: of p, or 0 for any. */
+/* TOP_K as above. */
 template <int TOP_K>
 __global__ void __launch_bounds__(THREADS) combine8_kernel(const __grid_constant__ Combine p, const __grid_constant__ Divide per_row, uint32_t count) {
   const uint32_t i = blockIdx.x * THREADS + threadIdx.x;
@@ -55,11 +60,10 @@ __global__ void __launch_bounds__(THREADS) combine8_kernel(const __grid_constant
 }
 
 __global__ void gather_kernel(Gather p) {
-  LCTX_GRID_STRIDE(i, p.rows * p.width) {
-    const int64_t r = i / p.width, c = i % p.width;
-    const int32_t pair = p.pair_of[r];
-    const float v = load_any(p.x, pair / p.top_k * p.x.ld + c);
-    store_any(p.out, r * p.out.ld + c, p.weights ? v * p.weights[pair] : v);
+  LCTX_GRID_STRIDE(i, p.tokens * p.width) {
+    const int64_t t = i / p.width, c = i % p.width;
+    const float v = load_any(p.x, t * p.x.ld + c);
+    for (int64_t pair = t * p.top_k; pair < (t + 1) * p.top_k; pair++) store_any(p.out, p.row_of[pair] * p.out.ld + c, p.weights ? v * p.weights[pair] : v);
   }
 }
 
@@ -80,12 +84,15 @@ __global__ void combine_kernel(Combine p) {
 }  // namespace
 
 int gather(const Gather& p, cudaStream_t s) {
-  if (p.rows * p.width == 0) return 0;
-  if (countable(p.rows, p.width) && vectors_bf16(p.x) && vectors_bf16(p.out)) {
-    const uint32_t n = eights(p.rows, p.width);
-    gather8_kernel<<<blocks8(n), THREADS, 0, s>>>(p, Divide(static_cast<uint32_t>(p.width / 8)), Divide(static_cast<uint32_t>(p.top_k)), n);
+  if (p.tokens * p.width == 0) return 0;
+  if (countable(p.tokens, p.width) && vectors_bf16(p.x) && vectors_bf16(p.out)) {
+    const uint32_t n = eights(p.tokens, p.width);
+    const Divide per_row(static_cast<uint32_t>(p.width / 8));
+    if (p.top_k == 4) gather8_kernel<4><<<blocks8(n), THREADS, 0, s>>>(p, per_row, n);
+    else if (p.top_k == 8) gather8_kernel<8><<<blocks8(n), THREADS, 0, s>>>(p, per_row, n);
+    else gather8_kernel<0><<<blocks8(n), THREADS, 0, s>>>(p, per_row, n);
   } else {
-    gather_kernel<<<blocks(p.rows * p.width), THREADS, 0, s>>>(p);
+    gather_kernel<<<blocks(p.tokens * p.width), THREADS, 0, s>>>(p);
   }
   return cudaGetLastError();
 }

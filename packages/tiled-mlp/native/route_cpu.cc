@@ -116,13 +116,14 @@ void route_backward(const RouteBackwardParams& p) {
 }
 
 void gather(const GatherParams& p) {
-  parallel(0, p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) {
-      const int64_t pair = p.pair_of[r];
-      const float* x = p.x + pair / p.top_k * p.ldx;
-      float* out = p.out + r * p.ldout;
-      if (p.weights) scaled_row(out, x, p.weights[pair], p.width);
-      else std::memcpy(out, x, static_cast<size_t>(p.width) * sizeof(float));
+  parallel(0, p.tokens, grain(p.width * p.top_k), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      const float* x = p.x + t * p.ldx;
+      for (int64_t pair = t * p.top_k; pair < (t + 1) * p.top_k; pair++) {
+        float* out = p.out + p.row_of[pair] * p.ldout;
+        if (p.weights) scaled_row(out, x, p.weights[pair], p.width);
+        else std::memcpy(out, x, static_cast<size_t>(p.width) * sizeof(float));
+      }
     }
   });
 }

@@ -55,12 +55,12 @@ struct RouteBackwardParams {
 };
 void route_backward(const RouteBackwardParams& p);
 
-/* out[row] = x[token of row], times the pair's weight where given. */
+/* out[row of each of a token's pairs] = x[token], times the pair's weight where given: a token is read once. */
 struct GatherParams {
   const float *x, *weights;
-  const int32_t* pair_of;
+  const int32_t* row_of;
   float* out;
-  int64_t rows, width, top_k, ldx, ldout;
+  int64_t tokens, width, top_k, ldx, ldout;
 };
 void gather(const GatherParams& p);
 

@@ -48,7 +48,8 @@ export interface TiledMlpNative {
     topK: number;
     dlogits: Tensor;
   }): void;
-  gather(args: { x: Tensor; out: Tensor; pairOf: Tensor; topK: number; weights?: Tensor }): void;
+  /** out[rowOf[pair]] = x[token of the pair], times the pair's weight where given. */
+  gather(args: { x: Tensor; out: Tensor; rowOf: Tensor; topK: number; weights?: Tensor }): void;
   combine(args: {
     y: Tensor;
     out: Tensor;

@@ -105,7 +105,7 @@ export class TiledMoE extends TiledBlock {
     const dy = ws.alloc(rows.shape);
     const dact = ws.alloc([pairOf.shape[0] as number, this.intermediateSize]);
     const dlogits = ws.alloc(routing.logits.shape, 'f32');
-    native().gather({ x: dout, out: dy, pairOf, topK, weights });
+    native().gather({ x: dout, out: dy, rowOf: routing.rowOf, topK, weights });
     down.backward(act ?? dact, dy, dact, offsets, ws); // a linear that trains nothing does not read its input here: any tensor of its shape will do
     const probabilities = kind === 'qwen3-moe' && !normTopkProb ? routing.logits : null;
     const gradient = { dy, bias: downBias, weights, probabilities, ...this.pairs(routing), dlogits };
@@ -140,11 +140,11 @@ export class TiledMoE extends TiledBlock {
   }
 
   /** Rows sorted by expert, and gate and up of each, without their bias. */
-  private expand(h: Tensor, { pairOf, offsets }: Routing, ws: Workspace): { rows: Tensor; both: Tensor } {
+  private expand(h: Tensor, { pairOf, rowOf, offsets }: Routing, ws: Workspace): { rows: Tensor; both: Tensor } {
     const count = pairOf.shape[0] as number;
     const rows = ws.alloc([count, this.hiddenSize]);
     const both = ws.alloc([count, 2 * this.intermediateSize]);
-    native().gather({ x: h, out: rows, pairOf, topK: this.topK });
+    native().gather({ x: h, out: rows, rowOf, topK: this.topK });
     this.o.gateUp.forward(rows, both, offsets, ws);
     return { rows, both };
   }

@@ -279,7 +279,7 @@ describe('TiledMoE', () => {
     const [y, out, rowOf] = [make(4, 3), make(2, 3), empty([4], { dtype: 'i32', label: 'test' })];
     rowOf.data<Int32Array>().set([0, 1, 2, 4]);
     expect(() => native().combine({ y, out, rowOf, topK: 2 })).toThrow(/rowOf\[3\] is 4, must be in 0..3/);
-    expect(() => native().gather({ x: out, out: y, pairOf: rowOf, topK: 2 })).toThrow(/pairOf\[3\] is 4/);
+    expect(() => native().gather({ x: out, out: y, rowOf, topK: 2 })).toThrow(/rowOf\[3\] is 4/);
     for (const t of [...owned, rowOf]) t.dispose();
   });
 });
