@@ -134,11 +134,19 @@ double grad_norm_op(const Args& args) {
   bool fresh = false;
   auto* partial = static_cast<double*>(resident(args, first.device.device_id, "qlora.norm", static_cast<size_t>(chunks + 1) * sizeof(double), stream, &fresh));
   int64_t at = 0;
-  for (uint32_t i = 0; i < n; i++) {
-    const View v = lists.at("grads", i);
-    packed(args, v, "grads", LCTX_F32, v.numel());
-    lctx::cuda_must(args, square_sums(v.as<float>(), v.numel(), partial + at, stream));
-    at += divide_up(v.numel(), kChunk);
+  for (uint32_t i = 0; i < n;) {
+    Gradients g{};
+    for (; i < n && g.count < Gradients::kMost; i++, g.count++) {
+      const View v = lists.at("grads", i);
+      packed(args, v, "grads", LCTX_F32, v.numel());
+      const int64_t end = g.chunks[g.count] + divide_up(v.numel(), kChunk);
+      if (end > INT32_MAX) args.fail("ERR_LC_ARGUMENT", "grads: more than 2^45 elements in " + std::to_string(Gradients::kMost) + " tensors");
+      g.at[g.count] = v.as<float>();
+      g.n[g.count] = v.numel();
+      g.chunks[g.count + 1] = static_cast<uint32_t>(end);
+    }
+    lctx::cuda_must(args, square_sums(g, partial + at, stream));
+    at += g.chunks[g.count];
   }
   lctx::cuda_must(args, add_up(partial, at, partial + at, stream));
   double total = 0;

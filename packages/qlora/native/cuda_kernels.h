@@ -30,8 +30,16 @@ struct AdamScalars {
 };
 int adamw(const AdamSegment& s, const AdamScalars& p, const float* maps, cudaStream_t stream); /* maps: signed then unsigned, [512] */
 
+/* Some gradients, in one launch: an adapter has hundreds of small ones. */
+struct Gradients {
+  static constexpr int kMost = 128;
+  const float* at[kMost];
+  int64_t n[kMost];
+  uint32_t chunks[kMost + 1]; /* of kChunk elements, of all gradients before */
+  int count;
+};
 /* partial[i] of each chunk of kChunk elements; then total = their sum in order, in f64. */
-int square_sums(const float* grad, int64_t n, double* partial, cudaStream_t stream);
+int square_sums(const Gradients& g, double* partial, cudaStream_t stream);
 int add_up(const double* partial, int64_t n, double* total, cudaStream_t stream);
 
 }  // namespace lc_qlora::cuda

@@ -186,9 +186,13 @@ __global__ void __launch_bounds__(THREADS) adamw8_kernel(AdamSegment s, AdamScal
   }
 }
 
-__global__ void square_sums_kernel(const float* grad, int64_t n, double* partial) {
+/* A block per chunk. */
+__global__ void square_sums_kernel(const __grid_constant__ Gradients g, double* partial) {
   __shared__ double sums[THREADS];
-  const int64_t first = blockIdx.x * kChunk;
+  int t = 0;
+  while (blockIdx.x >= g.chunks[t + 1]) t++;
+  const float* grad = g.at[t];
+  const int64_t n = g.n[t], first = int64_t{blockIdx.x - g.chunks[t]} * kChunk;
   double s = 0;
   for (int64_t i = first + threadIdx.x; i < n && i < first + kChunk; i += THREADS) s += static_cast<double>(grad[i]) * grad[i];
   sums[threadIdx.x] = s;
@@ -234,8 +238,9 @@ int adamw(const AdamSegment& s, const AdamScalars& p, const float* maps, cudaStr
   }
   return cudaGetLastError();
 }
-int square_sums(const float* grad, int64_t n, double* partial, cudaStream_t s) {
-  if (n > 0) square_sums_kernel<<<static_cast<unsigned>((n + kChunk - 1) / kChunk), THREADS, 0, s>>>(grad, n, partial);
+int square_sums(const Gradients& g, double* partial, cudaStream_t s) {
+  const uint32_t blocks = g.chunks[g.count];
+  if (blocks > 0) square_sums_kernel<<<blocks, THREADS, 0, s>>>(g, partial);
   return cudaGetLastError();
 }
 int add_up(const double* partial, int64_t n, double* total, cudaStream_t s) {

@@ -224,7 +224,7 @@ const LONG_SWEEP = 1;
 /** Most tokens of a warm-up. */
 const WARM = 16384;
 
-/** A warm-up of one chunk, which loads the kernels of these sizes and lets libraries choose theirs, then the timed step: forward, loss, backward, clip, AdamW. Device and host memory are given back. */
+/** A warm-up of one chunk, which loads the kernels of these sizes and lets libraries choose theirs, then the timed step, both with all there is: forward, loss, backward, clip, AdamW. Device and host memory are given back. */
 export async function runStep(model: CausalLM, c: StepCase, io: StepIo): Promise<StepResult> {
   const base = { tokens: c.tokens, name: nameOf(c), without: c.without, probe: c.probe ?? false };
   let prepared: PreparedStep | undefined;
@@ -252,6 +252,7 @@ async function measure(
   const onGpu = model.device.startsWith('cuda');
   optimizer.zeroGrad();
   await prepared.step(Math.min(c.tokens, plan.chunk, WARM), undefined, signal);
+  optimizer.step({ maxGradNorm: 1 });
   optimizer.zeroGrad();
   await session.schedule.profile();
   await prepared.sync();
