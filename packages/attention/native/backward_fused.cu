@@ -15,6 +15,7 @@ struct Fused {
   static constexpr int HD = HD_, MI = MI_, WARPS = WARPS_, BM = kFusedRows, CTAS = CTAS_, THREADS = WARPS * 32, BN = MI * 16 * WARPS;
   static constexpr int WM = WM_, WN = WARPS / WM;  // warps along the rows and dims of dQ's tile
   static constexpr int MQ = BM / 16 / WM, NQ = HD / 8 / WN;
+  static constexpr int ROWS = HD == 32 ? BM : BM / 2;  // of a tile, worked on at a time: as in backward_kv.cu
   static constexpr int CHUNKS = HD / 8, STEP = THREADS / CHUNKS;
   static constexpr bool EVEN = EVEN_ && THREADS % CHUNKS == 0 && STEP % 8 == 0 && BM % STEP == 0;
   static constexpr int KEYS = BN * HD * 2, TILE = BM * HD * 2, DS = BN * BM * 2, SMEM = 2 * KEYS + 4 * TILE + 2 * DS + 2 * BM * 12;
@@ -46,7 +47,7 @@ __device__ __forceinline__ void add_fragment(float* fragment, const float (&v)[4
 
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, C::CTAS) fused_kernel(const __grid_constant__ Backward b, int key_base) {
-  constexpr int HD = C::HD, MI = C::MI, BN = C::BN, BM = C::BM, THREADS = C::THREADS;
+  constexpr int HD = C::HD, MI = C::MI, BN = C::BN, BM = C::BM, ROWS = C::ROWS, THREADS = C::THREADS;
   extern __shared__ __align__(128) unsigned char smem[];
   const Problem& p = b.p;
   const int kv_head = static_cast<int>(blockIdx.x) % p.kv_heads, group = p.group;
@@ -167,54 +168,59 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) fused_kernel(const __grid
 #pragma unroll
         for (int i = 0; i < MI; i++) stmatrix(fs.get(ds, i, kk), zero);
     } else {
-      // P^T = exp(scale K Q^T - lse)
-      float s[MI][BM / 8][4] = {};
-      multiply_tiles(s, fa, sk, fb, tq);
+#pragma unroll 1
+      for (int r = 0; r < BM; r += ROWS) {
+        const uint32_t q_rows = tq + r * Rows<HD>::BYTES, dout_rows = tdo + r * Rows<HD>::BYTES;
+        const int at = column + r;
+        // P^T = exp(scale K Q^T - lse)
+        float s[MI][ROWS / 8][4] = {};
+        multiply_tiles(s, fa, sk, fb, q_rows);
 #pragma unroll
-      for (int j = 0; j < BM / 8; j++) {
-        const float2 lse = *reinterpret_cast<const float2*>(row_lse + column + j * 8);
+        for (int j = 0; j < ROWS / 8; j++) {
+          const float2 lse = *reinterpret_cast<const float2*>(row_lse + at + j * 8);
 #pragma unroll
-        for (int i = 0; i < MI; i++)
+          for (int i = 0; i < MI; i++)
 #pragma unroll
-          for (int e = 0; e < 4; e++) s[i][j][e] = exp2_fast(fmaf(s[i][j][e], c, (e % 2 ? lse.y : lse.x) * -kLog2e));
-      }
-      if (masked) {
-#pragma unroll
-        for (int j = 0; j < BM / 8; j++)
-#pragma unroll
-          for (int e = 0; e < 4; e++) {
-            const int r = lane % 4 * 2 + j * 8 + e % 2, query = query_of(p, row0 + r), first = first_seen(query, r), last = p.start + query;
-#pragma unroll
-            for (int i = 0; i < MI; i++) {
-              const int key = low + i * 16 + e / 2 * 8 + lane / 4;
-              if (key < first || key > last) s[i][j][e] = 0;
-            }
-          }
-      }
-
-      // dV += P^T dO
-      uint32_t pp[BM / 16][MI][4];
-#pragma unroll
-      for (int kk = 0; kk < BM / 16; kk++) {
-#pragma unroll
-        for (int i = 0; i < MI; i++) pack_columns(pp[kk][i], s[i], kk);
-        multiply_columns(dv, pp[kk], ft, tdo, kk);
-      }
-
-      // dS^T = P^T (V dO^T - delta)
-      float d[MI][BM / 8][4] = {};
-      multiply_tiles(d, fa, sv, fb, tdo);
-      score_gradients<true>(d, s, pp, row_delta + column);
-      // dK += dS^T Q
-#pragma unroll
-      for (int kk = 0; kk < BM / 16; kk++) {
-        uint32_t a[MI][4];
-#pragma unroll
-        for (int i = 0; i < MI; i++) {
-          pack_columns(a[i], d[i], kk);
-          stmatrix(fs.get(ds, i, kk), a[i]);
+            for (int e = 0; e < 4; e++) s[i][j][e] = exp2_fast(fmaf(s[i][j][e], c, (e % 2 ? lse.y : lse.x) * -kLog2e));
         }
-        multiply_columns(dk, a, ft, tq, kk);
+        if (masked) {
+#pragma unroll
+          for (int j = 0; j < ROWS / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+              const int x = r + lane % 4 * 2 + j * 8 + e % 2, query = query_of(p, row0 + x), first = first_seen(query, x), last = p.start + query;
+#pragma unroll
+              for (int i = 0; i < MI; i++) {
+                const int key = low + i * 16 + e / 2 * 8 + lane / 4;
+                if (key < first || key > last) s[i][j][e] = 0;
+              }
+            }
+        }
+
+        // dV += P^T dO
+#pragma unroll
+        for (int kk = 0; kk < ROWS / 16; kk++) {
+          uint32_t a[MI][4];
+#pragma unroll
+          for (int i = 0; i < MI; i++) pack_columns(a[i], s[i], kk);
+          multiply_columns(dv, a, ft, dout_rows, kk);
+        }
+
+        // dS^T = P^T (V dO^T - delta)
+        float d[MI][ROWS / 8][4] = {};
+        multiply_tiles(d, fa, sv, fb, dout_rows);
+        score_gradients(d, s, row_delta + at);
+        // dK += dS^T Q
+#pragma unroll
+        for (int kk = 0; kk < ROWS / 16; kk++) {
+          uint32_t a[MI][4];
+#pragma unroll
+          for (int i = 0; i < MI; i++) {
+            pack_columns(a[i], d[i], kk);
+            stmatrix(fs.get(ds, i, r / 16 + kk), a[i]);
+          }
+          multiply_columns(dk, a, ft, q_rows, kk);
+        }
       }
     }
   }

@@ -6,20 +6,20 @@
 namespace attention::cuda {
 namespace {
 
-template <int HD_, int MI_, int WARPS_, int BM_, int CTAS_, bool ROUNDED_, int PARTS_ = 1>
+template <int HD_, int MI_, int WARPS_, int BM_, int CTAS_, int ROWS_ = BM_, int PARTS_ = 1>
 struct Config {
   static constexpr int HD = HD_, MI = MI_, WARPS = WARPS_, BM = BM_, CTAS = CTAS_, THREADS = WARPS * 32, BN = MI * 16 * WARPS;
-  static constexpr bool ROUNDED = ROUNDED_;  // dS from P as it was rounded for dV, which takes half the registers
+  static constexpr int ROWS = ROWS_;  // of a tile, worked on at a time: P and dP of all in f32 may be more than the registers hold beside dK and dV
   // A block sums one of PARTS parts of the head dims: dK and dV of wide heads are more than the registers hold. Scores are then computed PARTS times.
   static constexpr int PARTS = PARTS_, PD = HD / PARTS;
   static constexpr int KEYS = BN * HD * 2, TILE = BM * HD * 2, SMEM = 2 * KEYS + 4 * TILE + 2 * BM * 16;
-  static_assert(BM <= THREADS, "one thread per row");
+  static_assert(BM <= THREADS && BM % ROWS == 0, "one thread per row; whole parts");
   static_assert(SMEM <= kSharedEverywhere, "shared memory");
 };
 
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, C::CTAS) kv_kernel(const __grid_constant__ Backward b, int key_base) {
-  constexpr int HD = C::HD, PD = C::PD, MI = C::MI, BN = C::BN, BM = C::BM, THREADS = C::THREADS;
+  constexpr int HD = C::HD, PD = C::PD, MI = C::MI, BN = C::BN, BM = C::BM, ROWS = C::ROWS, THREADS = C::THREADS;
   extern __shared__ __align__(128) unsigned char smem[];
   const Problem& p = b.p;
   const int kv_head = static_cast<int>(blockIdx.x) % p.kv_heads, group = p.group;
@@ -92,51 +92,56 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) kv_kernel(const __grid_co
       }
     }
 
-    // P^T = exp(scale K Q^T - lse)
-    float s[MI][BM / 8][4] = {};
-    multiply_tiles(s, fa, sk, fb, tq);
+#pragma unroll 1
+    for (int r = 0; r < BM; r += ROWS) {
+      const uint32_t q_rows = tq + r * Rows<HD>::BYTES, dout_rows = tdo + r * Rows<HD>::BYTES;
+      const int at = column + r;
+      // P^T = exp(scale K Q^T - lse)
+      float s[MI][ROWS / 8][4] = {};
+      multiply_tiles(s, fa, sk, fb, q_rows);
 #pragma unroll
-    for (int j = 0; j < BM / 8; j++) {
-      const float2 lse = *reinterpret_cast<const float2*>(row_lse + column + j * 8);
+      for (int j = 0; j < ROWS / 8; j++) {
+        const float2 lse = *reinterpret_cast<const float2*>(row_lse + at + j * 8);
 #pragma unroll
-      for (int i = 0; i < MI; i++)
+        for (int i = 0; i < MI; i++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) s[i][j][e] = exp2_fast(fmaf(s[i][j][e], c, -(e % 2 ? lse.y : lse.x)));
-    }
-    if (masked) {
+          for (int e = 0; e < 4; e++) s[i][j][e] = exp2_fast(fmaf(s[i][j][e], c, -(e % 2 ? lse.y : lse.x)));
+      }
+      if (masked) {
 #pragma unroll
-      for (int j = 0; j < BM / 8; j++)
+        for (int j = 0; j < ROWS / 8; j++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int2 see = row_keys[column + j * 8 + e % 2];
+          for (int e = 0; e < 4; e++) {
+            const int2 see = row_keys[at + j * 8 + e % 2];
 #pragma unroll
-          for (int i = 0; i < MI; i++) {
-            const int key = key0 + warp * MI * 16 + i * 16 + e / 2 * 8 + lane / 4;
-            if (key < see.x || key > see.y) s[i][j][e] = 0;
+            for (int i = 0; i < MI; i++) {
+              const int key = key0 + warp * MI * 16 + i * 16 + e / 2 * 8 + lane / 4;
+              if (key < see.x || key > see.y) s[i][j][e] = 0;
+            }
           }
-        }
-    }
+      }
 
-    // dV += P^T dO
-    uint32_t pp[BM / 16][MI][4];
+      // dV += P^T dO
 #pragma unroll
-    for (int kk = 0; kk < BM / 16; kk++) {
+      for (int kk = 0; kk < ROWS / 16; kk++) {
+        uint32_t a[MI][4];
 #pragma unroll
-      for (int i = 0; i < MI; i++) pack_columns(pp[kk][i], s[i], kk);
-      multiply_columns(dv, pp[kk], ft, tdo, kk, part * (PD / 16));
-    }
+        for (int i = 0; i < MI; i++) pack_columns(a[i], s[i], kk);
+        multiply_columns(dv, a, ft, dout_rows, kk, part * (PD / 16));
+      }
 
-    // dS^T = P^T (V dO^T - delta)
-    float d[MI][BM / 8][4] = {};
-    multiply_tiles(d, fa, sv, fb, tdo);
-    score_gradients<C::ROUNDED>(d, s, pp, row_delta + column);
-    // dK += dS^T Q
+      // dS^T = P^T (V dO^T - delta)
+      float d[MI][ROWS / 8][4] = {};
+      multiply_tiles(d, fa, sv, fb, dout_rows);
+      score_gradients(d, s, row_delta + at);
+      // dK += dS^T Q
 #pragma unroll
-    for (int kk = 0; kk < BM / 16; kk++) {
-      uint32_t a[MI][4];
+      for (int kk = 0; kk < ROWS / 16; kk++) {
+        uint32_t a[MI][4];
 #pragma unroll
-      for (int i = 0; i < MI; i++) pack_columns(a[i], d[i], kk);
-      multiply_columns(dk, a, ft, tq, kk, part * (PD / 16));
+        for (int i = 0; i < MI; i++) pack_columns(a[i], d[i], kk);
+        multiply_columns(dk, a, ft, q_rows, kk, part * (PD / 16));
+      }
     }
     if (more) keep(stage ^ 1, next);
   }
@@ -158,14 +163,14 @@ int start(const Backward& b, void* stream) {
 }  // namespace
 
 int backward_kv(const Backward& b, void* stream) {
-  if (b.p.dim <= 32) return start<Config<32, 2, 4, 64, 2, true>>(b, stream);
+  if (b.p.dim <= 32) return start<Config<32, 2, 4, 64, 2>>(b, stream);
   // Twice the keys halve the traffic of q and dout, but a window would cut more of such a tile.
-  if (b.p.dim <= 64 && b.p.window == 0 && b.p.start + b.p.n >= 4096) return start<Config<64, 2, 8, 64, 1, true>>(b, stream);
-  if (b.p.dim <= 64) return start<Config<64, 2, 4, 64, 2, true>>(b, stream);
-  if (b.p.dim <= 96) return start<Config<96, 1, 4, 64, 1, true>>(b, stream);
-  if (b.p.dim <= 128) return start<Config<128, 1, 4, 64, 1, true>>(b, stream);
-  if (b.p.dim <= 192) return start<Config<192, 1, 4, 32, 1, true, 2>>(b, stream);
-  return start<Config<256, 1, 4, 16, 1, true, 2>>(b, stream);
+  if (b.p.dim <= 64 && b.p.window == 0 && b.p.start + b.p.n >= 4096) return start<Config<64, 2, 8, 64, 1, 32>>(b, stream);
+  if (b.p.dim <= 64) return start<Config<64, 2, 4, 64, 2, 32>>(b, stream);
+  if (b.p.dim <= 96) return start<Config<96, 1, 4, 64, 1>>(b, stream);
+  if (b.p.dim <= 128) return start<Config<128, 1, 4, 64, 1>>(b, stream);
+  if (b.p.dim <= 192) return start<Config<192, 1, 4, 32, 1, 32, 2>>(b, stream);
+  return start<Config<256, 1, 4, 16, 1, 16, 2>>(b, stream);
 }
 
 }  // namespace attention::cuda

@@ -1,5 +1,7 @@
 /* Which problems Hopper's windowed backward takes, and its launches. */
 #include "hopper_backward_window.cuh"
+#include "hopper_map.cuh"
+#include "lctx/multiprocessors.h"
 
 #include <algorithm>
 
@@ -56,23 +58,16 @@ int hopper_backward_window(const Backward& b, void* stream) {
   const int64_t keys = static_cast<int64_t>(p.start) + p.n;
   a.first_block = static_cast<int32_t>(std::max<int64_t>(0, int64_t{p.start} + 1 - a.p.window) / kBlock);
   a.end_block = static_cast<int32_t>((keys + kBlock - 1) / kBlock);
-  int device = 0, processors = 0;
-  if (const cudaError_t e = cudaGetDevice(&device)) return e;
-  if (const cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
+  int processors = 0;
+  if (const int e = lctx::cuda::multiprocessors(&processors)) return e;
   const int64_t blocks = a.end_block - a.first_block;
   a.span = static_cast<int32_t>(span_of(blocks, p.kv_heads, a.p.window, processors));
   const int64_t parts = (blocks + a.span - 1) / a.span;
-  const auto map = [&](CUtensorMap* to, const void* x, int64_t stride, int heads, int64_t count, int box_heads, int box_rows) {
-    const auto u = [](int64_t y) { return static_cast<uint64_t>(y); };
-    const uint64_t sizes[3] = {u(p.dim), u(heads), u(count)}, strides[2] = {u(p.dim) * 2, u(stride) * 2};
-    const uint32_t box[3] = {64, static_cast<uint32_t>(box_heads), static_cast<uint32_t>(box_rows)};
-    return lctx::cuda::tensor_map(to, x, 3, sizes, strides, box);
-  };
-  if (const int e = map(&a.q, p.q, p.q_stride, p.heads, p.n, p.group, queries)) return e;
-  if (const int e = map(&a.dout, b.dout, b.dout_stride, p.heads, p.n, p.group, queries)) return e;
-  if (const int e = map(&a.out, b.out, b.out_stride, p.heads, p.n, p.group, queries)) return e;
-  if (const int e = map(&a.k, p.k, p.k_stride, p.kv_heads, keys, 1, kBlock)) return e;
-  if (const int e = map(&a.v, p.v, p.v_stride, p.kv_heads, keys, 1, kBlock)) return e;
+  if (const int e = token_map(&a.q, p.q, p.n, p.heads, p.dim, p.q_stride, queries, p.group)) return e;
+  if (const int e = token_map(&a.dout, b.dout, p.n, p.heads, p.dim, b.dout_stride, queries, p.group)) return e;
+  if (const int e = token_map(&a.out, b.out, p.n, p.heads, p.dim, b.out_stride, queries, p.group)) return e;
+  if (const int e = token_map(&a.k, p.k, keys, p.kv_heads, p.dim, p.k_stride, kBlock)) return e;
+  if (const int e = token_map(&a.v, p.v, keys, p.kv_heads, p.dim, p.v_stride, kBlock)) return e;
   if (const int e = launch(hopper_window_kernel<Window>, parts * p.kv_heads, Window::THREADS, Window::SMEM, a, stream)) return e;
   if (a.sink_parts == nullptr) return 0;
   window_sinks_kernel<<<(p.heads + 63) / 64, 64, 0, static_cast<cudaStream_t>(stream)>>>(b.sink_partial, b.dsinks, static_cast<int>(parts), p.heads);

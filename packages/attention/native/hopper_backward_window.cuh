@@ -243,8 +243,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_window_kernel(const __gr
   registers_up<C::REGISTERS>();
   const int w = warp / 4, column = lane % 4 * 2, key_lane = warp % 4 * 16 + lane / 4;
   const float c = p.scale * kLog2e;
-  float dk[HD / 2], dv[HD / 2], s[32];  // s: scores, P, then dP
-  uint32_t pr[4][4];
+  float dk[HD / 2], dv[HD / 2], s[32], d[16];  // s: scores, then P; d: dP of half of the queries
+  uint32_t pr[4][4] = {};
   // stmatrix: lane l gives row l % 8 of 8 x 8 block l / 8; blocks: keys + 0, keys + 8, then 8 queries further.
   const uint32_t ds_at = sds + w * TILE + (lane / 16 * 8 + (lane & 7)) * 128 + (((warp % 4 * 2 + (lane / 8 & 1)) ^ (lane & 7)) << 4);
   int block = first + w, add = 0;  // add: dk and dv hold something
@@ -254,7 +254,16 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_window_kernel(const __gr
     for (int kk = 0; kk < 4; kk++) Wgmma<64>::ss<0, 0>(s, left + kk * 2, right + kk * 2, kk > 0);
     wgmma_commit();
   };
-  // S^T of a tile: issued a step ahead, beside dK of the tile before. Its keys may be the block after the present one.
+  // dP^T of half of a tile's queries: dS is made from P in f32, beside which registers for all of dP^T are wanting.
+  const auto start_half = [&](uint32_t values, uint32_t dout) {
+    const uint64_t left = descriptor(values), right = descriptor(dout);
+    hold(d);
+    wgmma_fence();
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) Wgmma<32>::ss<0, 0>(d, left + kk * 2, right + kk * 2, kk > 0);
+    wgmma_commit();
+  };
+  // S^T of a tile: issued a step ahead, beside dV and dK of the tile before. Its keys may be the block after the present one.
   const auto start_scores = [&](int tile) {
     const int own = tile >> to_block, t = tile - tile_begin, x = (block < own - 2 ? block + 3 : block) - first;
     if (x + first < end) mbarrier_wait(kv_full + 8 * (x % SLOTS), x / SLOTS & 1);
@@ -286,8 +295,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_window_kernel(const __gr
   for (int tile = tile_begin; tile < tile_end; tile++) {
     const int own = tile >> to_block, t = tile - tile_begin, stage = t % STAGES, phase = t / STAGES & 1;
     const uint32_t q = rows + stage * C::ROWS, row_info = info + stage * C::INFO, ds = (t & 1) * C::DS;
-    wgmma_wait<0>();  // S of this tile, dK of the one before
+    wgmma_wait<0>();  // S of this tile, dV and dK of the one before
     hold(s), hold(dk), hold(dv);
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) hold(pr[kk]);
     if (lane == 0 && t > 0) mbarrier_arrive(empty + 8 * ((t - 1) % STAGES));
     if (block < own - 2) {
       if (add && block >= begin) flush();
@@ -298,6 +309,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_window_kernel(const __gr
     const bool active = block <= own && block < end;
     const int low = block * 64 + warp % 4 * 16, high = low + 15, first_pos = tile << a.shift, last_pos = first_pos + queries - 1;
     const bool seen = active && block >= 0 && low <= last_pos && high >= first_pos - p.window + 1;  // any of this warp's keys, by any row
+    const uint32_t values = sv + (block - first) % SLOTS * TILE;
+    start_half(values, q + TILE);  // beside the exponentials
     mbarrier_wait(ready + 8 * stage, phase);
     if (seen) {
 #pragma unroll
@@ -321,44 +334,34 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_window_kernel(const __gr
         }
       }
     }
-#pragma unroll
-    for (int kk = 0; kk < 4; kk++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) pr[kk][i] = seen ? pack(s[kk * 8 + i * 2], s[kk * 8 + i * 2 + 1]) : 0;
-      hold(pr[kk]);
-    }
-    hold(s), hold(dv);
-    wgmma_fence();
-    scores(sv + (block - first) % SLOTS * TILE, q + TILE);
-    const uint64_t dout = descriptor(q + TILE);
-#pragma unroll
-    for (int kk = 0; kk < 4; kk++) Wgmma<HD>::template rs<1>(dv, pr[kk], dout + kk * 128, kk > 0 ? 1 : add);
-    wgmma_commit();
-    wgmma_wait<1>();
-    hold(s);
     mbarrier_wait(ds_empty + 8 * (t & 1), (t >> 1 & 1) ^ 1);
-    // dS^T = P^T (dP^T - delta), with P as it was rounded for dV, for want of registers
+    // dS^T = P^T (dP^T - delta), and P^T as dV's operand
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) {
+      if (kk == 2) start_half(values, q + TILE + 32 * 128);
+      if (kk % 2 == 0) {
+        wgmma_wait<0>();
+        hold(d);
+      }
       uint32_t dr[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int at = kk * 8 + i * 2;
         const float2 delta = load_shared(row_info + 256 + column * 4 + at / 4 * 32);
-        dr[i] = pack(__uint_as_float(pr[kk][i] << 16) * (s[at] - delta.x), __uint_as_float(pr[kk][i] & 0xffff0000u) * (s[at + 1] - delta.y));
+        dr[i] = seen ? pack(s[at] * (d[at % 16] - delta.x), s[at + 1] * (d[at % 16 + 1] - delta.y)) : 0;
+        pr[kk][i] = seen ? pack(s[at], s[at + 1]) : 0;
       }
       stmatrix_trans(ds_at + ds + kk * 2048, dr);
+      hold(pr[kk]);
     }
     fence_async();
     bar_sync(2 + w, 128);
     if (lane == 0) mbarrier_arrive(ds_full + 8 * (t & 1));
-    wgmma_wait<0>();
-    hold(dv);
-#pragma unroll
-    for (int kk = 0; kk < 4; kk++) hold(pr[kk]);
-    hold(dk);
+    hold(dk), hold(dv);
     wgmma_fence();
-    const uint64_t left = descriptor(sds + ds + w * TILE), right = descriptor(q);
+    const uint64_t dout = descriptor(q + TILE), left = descriptor(sds + ds + w * TILE), right = descriptor(q);
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) Wgmma<HD>::template rs<1>(dv, pr[kk], dout + kk * 128, kk > 0 ? 1 : add);
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) Wgmma<HD>::template ss<1, 1>(dk, left + kk * 128, right + kk * 128, kk > 0 ? 1 : add);
     wgmma_commit();

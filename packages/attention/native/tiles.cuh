@@ -202,20 +202,16 @@ __device__ __forceinline__ void load_row_tiles(const Backward& b, const bf16* q,
   }
 }
 
-/* dS^T = P^T (dP^T - delta), in place of dP^T. `packed`: P^T as it was rounded for dV, used where ROUNDED, which takes half the registers. `delta`: of this lane's first row. */
-template <bool ROUNDED, int MI, int N>
-__device__ __forceinline__ void score_gradients(float (&d)[MI][N][4], const float (&prob)[MI][N][4], const uint32_t (&packed)[N / 2][MI][4], const float* delta) {
+/* dS^T = P^T (dP^T - delta), in place of dP^T. P is in f32: rounded as for dV it would double the error of dK and dQ where few scores carry a gradient. `delta`: of this lane's first row. */
+template <int MI, int N>
+__device__ __forceinline__ void score_gradients(float (&d)[MI][N][4], const float (&prob)[MI][N][4], const float* delta) {
 #pragma unroll
   for (int j = 0; j < N; j++) {
     const float2 pair = *reinterpret_cast<const float2*>(delta + j * 8);
 #pragma unroll
     for (int i = 0; i < MI; i++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const uint32_t two = packed[j / 2][i][j % 2 * 2 + e / 2];
-        const float rounded = __uint_as_float(e % 2 ? two & 0xffff0000u : two << 16);
-        d[i][j][e] = (ROUNDED ? rounded : prob[i][j][e]) * (d[i][j][e] - (e % 2 ? pair.y : pair.x));
-      }
+      for (int e = 0; e < 4; e++) d[i][j][e] = prob[i][j][e] * (d[i][j][e] - (e % 2 ? pair.y : pair.x));
   }
 }
 
