@@ -61,7 +61,7 @@ export interface LayerScheduleOptions {
   dropoutSeed?: number | undefined;
   /** Only `forwardOnly` will be called: two [tokens, width] buffers, no checkpoints. */
   evaluateOnly?: boolean;
-  /** How many layer calls ahead host-tier chunks are asked for. Default 1. */
+  /** How many layer calls ahead host-tier chunks are asked for. Default 1; in backward, where nothing is written through the staging slots, one less than there are. */
   prefetchAhead?: number;
   /** Times phases and waits for copies by events on the compute stream; `LayerSchedule.profile` reads them. Default false. */
   profile?: boolean;

@@ -26,7 +26,8 @@ export class LayerSchedule implements Disposable {
   readonly layers: readonly Layer[];
   private readonly ws: Workspace;
   private readonly ownsStore: boolean;
-  private readonly ahead: number;
+  /** Calls ahead that host-tier chunks are asked for: in backward, which writes nothing through the staging slots (unless dx or scratch are there), as many as they can hold. */
+  private readonly ahead: { forward: number; backward: number };
   private readonly evaluateOnly: boolean;
   private readonly check: RecomputeCheck | null;
   private readonly kept: KeptRows | null;
@@ -49,7 +50,6 @@ export class LayerSchedule implements Disposable {
       throw new LcTypeError('ERR_LC_ARGUMENT', 'LayerSchedule: give store or storeOptions, not both');
     this.layers = layers;
     this.ws = ws;
-    this.ahead = options.prefetchAhead ?? 1;
     this.evaluateOnly = options.evaluateOnly ?? false;
     this.ownsStore = !options.store;
     this.store =
@@ -81,6 +81,10 @@ export class LayerSchedule implements Disposable {
     try {
       if (options.keep && !this.evaluateOnly) this.kept = KeptRows.make(layers, store, options.keep);
       if (this.kept) this.kept.store.profiler = this.profiler;
+      const throughSlots = [...store.dx, ...store.scratch.flat()].some(({ tier }) => tier === 'host');
+      const slots = Math.max(store.plan.stagingSlots, this.kept?.store.plan.stagingSlots ?? 0);
+      const { prefetchAhead } = options;
+      this.ahead = { forward: prefetchAhead ?? 1, backward: prefetchAhead ?? (throughSlots ? 1 : Math.max(1, slots - 1)) };
       if (options.verifyRecompute) this.check = new RecomputeCheck(store);
       this.pacer = new Pacer(store);
       this.begin({ tokens, docStart: options.docStart ?? null, dropoutSeed: options.dropoutSeed });
@@ -307,7 +311,13 @@ export class LayerSchedule implements Disposable {
           if (layer) this.profiler?.enter('open');
           if (layer && sweep.pass) state = layer.open(last.start + last.length, sweep.pass, ws);
           for (const op of sweep.ops) {
-            prefetch(store, this.kept?.store ?? null, pass.ops, done, this.ahead);
+            prefetch(
+              store,
+              this.kept?.store ?? null,
+              pass.ops,
+              done,
+              pass === this.passes.backward ? this.ahead.backward : this.ahead.forward,
+            );
             this.profiler?.enter(op.kind);
             handler(op, spans[op.chunk] as Span, sweep, state);
             done++;

@@ -117,7 +117,7 @@ export class ActivationStore implements Disposable {
     this.check('write', entry, false);
     entry.valid = false;
     if (entry.tier === 'device') return entry.view;
-    const slot = entry.slot ?? this.acquire(false, `to write ${entry.name}`);
+    const slot = entry.slot ?? this.acquire(null, `to write ${entry.name}`);
     if (slot === null) throw new LcError('ERR_LC_PLAN', 'ActivationStore: no staging slot');
     if (slot.leased) throw inUse('write', entry);
     this.bind(slot, entry);
@@ -130,7 +130,7 @@ export class ActivationStore implements Disposable {
   read(entry: StoredChunk): Tensor {
     this.check('read', entry, true);
     if (entry.tier === 'device') return entry.view;
-    const slot = entry.slot ?? this.load(entry, false);
+    const slot = entry.slot ?? this.load(entry, null);
     if (slot === null) throw new LcError('ERR_LC_PLAN', 'ActivationStore: no staging slot');
     if (slot.leased) throw inUse('read', entry);
     if (slot.loaded) this.computeWaits(slot.ready);
@@ -172,9 +172,9 @@ export class ActivationStore implements Disposable {
     entry.storedBy = slot;
   }
 
-  /** Starts loading a host-tier chunk that will be read soon. Does nothing when it is there already, not written yet, or no slot is idle. */
-  prefetch(entry: StoredChunk): void {
-    if (entry.tier === 'host' && entry.valid && !entry.slot) this.load(entry, true);
+  /** Starts loading a host-tier chunk that will be read soon. Does nothing when it is there already, not written yet, or no slot is idle but those of what `stays`. */
+  prefetch(entry: StoredChunk, stays?: ReadonlySet<StoredChunk>): void {
+    if (entry.tier === 'host' && entry.valid && !entry.slot) this.load(entry, stays ?? new Set());
   }
 
   /** Resolves when all copies queued so far are done. Await it before `dispose()` if a step may be in flight on a GPU. */
@@ -277,8 +277,9 @@ export class ActivationStore implements Disposable {
     else this.compute.wait(event);
   }
 
-  private load(entry: StoredChunk, ahead: boolean): Slot | null {
-    const slot = this.acquire(ahead, `to read ${entry.name}`);
+  /** `stays`: it is loaded ahead, and these do not give way; null: it is needed now. */
+  private load(entry: StoredChunk, stays: ReadonlySet<StoredChunk> | null): Slot | null {
+    const slot = this.acquire(stays, `to read ${entry.name}`);
     if (!slot || !this.input) return null;
     this.bind(slot, entry);
     if (slot.wasFreed) this.input.wait(slot.free);
@@ -287,19 +288,19 @@ export class ActivationStore implements Disposable {
     this.input.copy(this.part(slot, entry), entry.view);
     slot.ready.record(this.input);
     slot.loaded = true;
-    slot.pending = ahead;
+    slot.pending = stays !== null;
     slot.stamp = ++this.clock;
     return slot;
   }
 
-  /** The idle slot that has been idle longest; one that was loaded ahead only if it must be, and never for another load ahead. */
-  private acquire(ahead: boolean, why: string): Slot | null {
+  /** The idle slot that has been idle longest; one that was loaded ahead only if it must be, and for another load ahead never, nor one of what `stays`. */
+  private acquire(stays: ReadonlySet<StoredChunk> | null, why: string): Slot | null {
     let best: Slot | null = null;
     for (const slot of this.slots) {
-      if (slot.leased || (ahead && slot.pending)) continue;
+      if (slot.leased || (stays && (slot.pending || (slot.entry && stays.has(slot.entry))))) continue;
       if (!best || (best.pending && !slot.pending) || (best.pending === slot.pending && slot.stamp < best.stamp)) best = slot;
     }
-    if (!best && !ahead) {
+    if (!best && !stays) {
       throw new LcError(
         'ERR_LC_PLAN',
         `ActivationStore: all ${this.slots.length} staging slots are in use ${why}; raise stagingSlots, or release what was read`,

@@ -109,15 +109,15 @@ export function buildPasses(store: ActivationStore, { layers, chunks, verify, ev
   return { forward: plan(forward), loss: plan(loss), backward: plan(backward), forwardOnly: plan(forwardOnly) };
 }
 
-/** Before op `i` runs: asks for what it and the next `ahead` ops need, unless an op in between is to write it first. */
+/**
+ * Before op `i` runs: asks for what it and the next `ahead` ops need, unless an op in between is to write it first. What one of them needs and is there already does not give way to what a
+ * later one needs.
+ */
 export function prefetch(store: ActivationStore, kept: ActivationStore | null, ops: readonly Op[], i: number, ahead: number): void {
-  for (let j = i; j <= i + ahead && j < ops.length; j++) {
-    const op = ops[j] as Op;
-    for (const entry of needs(op)) {
-      let written = false;
-      for (let w = i; w < j; w++) if ((ops[w] as Op).y === entry) written = true;
-      if (!written) store.prefetch(entry);
-    }
-    if (op.kept && op.kind !== 'forward') kept?.prefetch(op.kept);
+  const soon = ops.slice(i, i + ahead + 1);
+  const stays = new Set(soon.flatMap((op) => [...needs(op), ...(op.kept ? [op.kept] : [])]));
+  for (const [j, op] of soon.entries()) {
+    for (const entry of needs(op)) if (!soon.slice(0, j).some(({ y }) => y === entry)) store.prefetch(entry, stays);
+    if (op.kept && op.kind !== 'forward') kept?.prefetch(op.kept, stays);
   }
 }

@@ -35,11 +35,12 @@ const policies: Pick[] = [
 ];
 
 interface Case extends Omit<StoreShape, 'width'> {
+  /** Default: the schedule's own. */
   ahead?: number;
 }
 
 /** Queues two whole steps and an evaluation on fake streams (nothing has run yet), then lets them run as `pick` says. */
-function run({ ahead = 1, ...shape }: Case, pick: Pick | null, ignore: string[] = []) {
+function run({ ahead, ...shape }: Case, pick: Pick | null, ignore: string[] = []) {
   const { tokens, chunk, layers: layerCount } = shape;
   const machine = new FakeMachine(new Set(ignore));
   const launch = (work: () => void): void => (pick ? machine.compute.enqueue(work) : work());
@@ -48,7 +49,16 @@ function run({ ahead = 1, ...shape }: Case, pick: Pick | null, ignore: string[] 
   const store = new ActivationStore({ ...shape, width: WIDTH, ...(pick ? { computeStream: machine.compute, streams: machine } : {}) });
   using ws = new Workspace({ bytes: 1 << 16, fixed: true });
   const docStart = fromTypedArray(new Int32Array(tokens), [tokens]);
-  const schedule = new LayerSchedule({ layers, tokens, chunk, width: WIDTH, ws, store, docStart, prefetchAhead: ahead });
+  const schedule = new LayerSchedule({
+    layers,
+    tokens,
+    chunk,
+    width: WIDTH,
+    ws,
+    store,
+    docStart,
+    ...(ahead === undefined ? {} : { prefetchAhead: ahead }),
+  });
   const got: number[] = [];
   for (const seed of [1, 5]) {
     const x0 = randomNormal(tokens * WIDTH, seed);
@@ -90,6 +100,8 @@ for (const layersPerSegment of [1, 2, 3]) {
   }
 }
 cases.push(
+  { ...base, deviceBytes: 0, ahead: 1 },
+  { ...base, layersPerSegment: 2, deviceBytes: 0, stagingSlots: 6, ahead: 4 },
   { ...base, chunk: 22, deviceBytes: 0, dx: 'host' },
   { ...base, chunk: 11, deviceBytes: 0, dx: 'host', layersPerSegment: 2, scratch: 'host' },
 );
@@ -111,6 +123,42 @@ describe('waits', () => {
       });
       expect(differs, `waits of '${stream}'`).toBe(true);
     }
+  });
+
+  test('backward asks for the next layer as far ahead as there are slots, and loads nothing twice for that', () => {
+    const [layerCount, chunks, stagingSlots] = [4, 4, 4];
+    const machine = new FakeMachine();
+    const layers = Array.from({ length: layerCount }, (_, i) => new ToyLayer(i, WIDTH, (work) => machine.compute.enqueue(work)));
+    const tokens = chunks * 2;
+    const store = new ActivationStore({
+      ...{ layers: layerCount, tokens, chunk: 2, width: WIDTH, deviceBytes: 0, stagingSlots },
+      ...{ computeStream: machine.compute, streams: machine },
+    });
+    using ws = new Workspace({ bytes: 1 << 16, fixed: true });
+    const schedule = new LayerSchedule({ layers, tokens, chunk: 2, width: WIDTH, ws, store });
+    let loads = 0;
+    const input = machine.streams[1] as FakeStream;
+    const copyIn = input.copy.bind(input);
+    input.copy = (dst, src) => {
+      loads++;
+      copyIn(dst, src);
+    };
+    schedule.forward(() => {});
+    schedule.loss(() => {});
+    loads = 0;
+    const before: number[] = [];
+    schedule.backward(undefined, {
+      onProgress: ({ phase, chunk }) => {
+        if (phase === 'backward' && chunk === 0) before.push(loads); // as the last call of a layer was queued
+      },
+    });
+    const all = before.at(-1) as number;
+    // By then three chunks of the next layer were on their way; its fourth takes the place that the last call frees.
+    expect(before).toEqual(before.map((_, i) => all - (layerCount - 1 - i) * chunks + (i < layerCount - 1 ? stagingSlots - 1 : 0)));
+    expect(all).toBeLessThanOrEqual(layerCount * chunks);
+    for (const layer of layers) layer.dispose();
+    schedule.dispose();
+    store.dispose();
   });
 
   test('copies: host-tier checkpoints are written once, and read twice in backward', () => {
