@@ -64,9 +64,6 @@ export class ActivationStore implements Disposable {
     this.compute = options.computeStream ?? defaultStream(device);
     this.device = device === 'cuda' ? 'cuda:0' : device;
     try {
-      for (let s = 0; s < this.plan.segments; s++) {
-        this.checkpoints.push(this.makeRow(`${label} of segment ${s}`, label, this.plan.tiers[s] as Tier[]));
-      }
       const whole = (tier: Tier): Tier[] => new Array<Tier>(this.plan.chunks).fill(tier);
       this.dx = options.dx === 'none' ? [] : this.makeRow('dx', 'dx', whole(options.dx ?? 'device'));
       const scratchRows = Math.min(this.plan.layersPerSegment, layers) - 1;
@@ -82,6 +79,9 @@ export class ActivationStore implements Disposable {
           this.slots.push(new Slot(tensor, this.event(), this.event(), this.event()));
         }
       }
+      // Last, and the last segments first, which lie on the device: where its memory is short that shows before host memory is pinned, which takes seconds.
+      for (let s = this.plan.segments - 1; s >= 0; s--)
+        this.checkpoints.unshift(this.makeRow(`${label} of segment ${s}`, label, this.plan.tiers[s] as Tier[]));
     } catch (error) {
       this.owner.dispose();
       throw error;
