@@ -1,7 +1,10 @@
 /* Which problems Hopper's forward takes, and its launches. */
 #include "hopper_forward.cuh"
+#include "hopper_map.cuh"
+#include "lctx/multiprocessors.h"
 
 #include <algorithm>
+#include <atomic>
 
 namespace attention::cuda {
 
@@ -18,6 +21,34 @@ struct Dim128 {
   using Edge = HopperConfig<128, 3, 64, 3, 2, false, false, true>;
 };
 
+/* Whether the keys and values of all heads pass out of the L2 cache before they are read again. */
+int beyond_cache(const Problem& p, bool* beyond) {
+  int device = 0, cache = 0;
+  if (const cudaError_t e = cudaGetDevice(&device)) return e;
+  if (const cudaError_t e = cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device)) return e;
+  *beyond = (int64_t{p.start} + p.n) * p.kv_heads * p.dim * 4 > cache / 2;
+  return 0;
+}
+
+/* Milestones are counted in memory of their own: a launch beside others on other streams should find one that is not in use; if two share one, only their pace suffers. */
+constexpr unsigned kPaces = 16;
+__device__ unsigned long long paces[kPaces];
+int new_pace(unsigned long long** pace, void* stream) {
+  static std::atomic<unsigned> launches{0};
+  void* all = nullptr;
+  if (const cudaError_t e = cudaGetSymbolAddress(&all, paces)) return e;
+  *pace = static_cast<unsigned long long*>(all) + launches++ % kPaces;
+  return cudaMemsetAsync(*pace, 0, sizeof **pace, static_cast<cudaStream_t>(stream));
+}
+
+/* How many items of a K/V head follow one another. A turn of the grid is whole runs of a few heads, and going to and fro then gives every block as much as any other; a run is short beside
+ * all that a head has, so that the cheapest items come last. */
+int32_t run_of(const Problem& p, int64_t blocks, int64_t tiles) {
+  for (int64_t heads = 1; heads < p.kv_heads; heads++)
+    if (blocks % heads == 0 && p.kv_heads % heads == 0 && tiles >= 4 * (blocks / heads)) return static_cast<int32_t>(blocks / heads);
+  return 1;
+}
+
 template <class C>
 int start(const Forward& f, bool flagged, void* stream) {
   const Problem& p = f.p;
@@ -26,23 +57,23 @@ int start(const Forward& f, bool flagged, void* stream) {
   a.queries = C::BM / p.group;
   a.tiles = (p.n + a.queries - 1) / a.queries;
   a.flagged = flagged;
-  const auto u = [](int64_t x) { return static_cast<uint64_t>(x); };
-  const uint64_t q_sizes[3] = {C::HD, u(p.heads), u(p.n)}, k_sizes[3] = {C::HD, u(p.kv_heads), u(p.start) + u(p.n)};
-  const uint32_t q_box[3] = {64, static_cast<uint32_t>(p.group), static_cast<uint32_t>(a.queries)}, k_box[3] = {64, 1, C::BN};
-  const auto map = [](CUtensorMap* to, const void* x, const uint64_t* sizes, int64_t stride, const uint32_t* box) {
-    const uint64_t strides[2] = {C::HD * 2, static_cast<uint64_t>(stride) * 2};  // bytes: [token, head, dim], heads packed
-    return lctx::cuda::tensor_map(to, x, 3, sizes, strides, box);
-  };
-  if (const int e = map(&a.q, p.q, q_sizes, p.q_stride, q_box)) return e;
-  if (const int e = map(&a.k, p.k, k_sizes, p.k_stride, k_box)) return e;
-  if (const int e = map(&a.v, p.v, k_sizes, p.v_stride, k_box)) return e;
-  int device = 0, processors = 0;
-  if (const cudaError_t e = cudaGetDevice(&device)) return e;
-  if (const cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
+  const int64_t keys = static_cast<int64_t>(p.start) + p.n;
+  if (const int e = token_map(&a.q, p.q, p.n, p.heads, C::HD, p.q_stride, a.queries, p.group)) return e;
+  if (const int e = token_map(&a.k, p.k, keys, p.kv_heads, C::HD, p.k_stride, C::BN)) return e;
+  if (const int e = token_map(&a.v, p.v, keys, p.kv_heads, C::HD, p.v_stride, C::BN)) return e;
+  int processors = 0;
+  if (const int e = lctx::cuda::multiprocessors(&processors)) return e;
   int64_t blocks = std::min<int64_t>(processors, static_cast<int64_t>(a.tiles) * p.kv_heads);
   if (flagged) {
     const int64_t most = kMaxFlags / p.kv_heads;  // tiles of one block
     blocks = std::max<int64_t>(std::min<int64_t>(processors, a.tiles), (a.tiles + most - 1) / most);
+  }
+  bool beyond = false;
+  if (const int e = beyond_cache(p, &beyond)) return e;
+  a.run = 1;
+  if (C::FAST && beyond) {
+    a.run = run_of(p, blocks, a.tiles);
+    if (const int e = new_pace(&a.pace, stream)) return e;
   }
   return launch(hopper_forward_kernel<C>, blocks, C::THREADS, C::SMEM, a, stream);
 }

@@ -2,6 +2,9 @@
  * WGS warpgroups of 64 rows each (row = query * group + head, as in tiles.cuh) multiply with wgmma, the scores of the next tile under way while this tile's softmax runs.
  * A block works through items (a tile of queries of one K/V head), dearest first.
  *
+ * Blocks share keys through the L2 cache, as long as they read them at about the same time. By themselves they drift apart by some 1% of the way, until each has every tile of keys from DRAM;
+ * that is fast enough, but its power lowers the clock by a seventh. So the blocks work on as few K/V heads at a time as divides them evenly (`run`), and their producers keep pace (`Pace`).
+ *
  * Key tiles are laid from the last visible key of an item backwards, so that one tile holds the diagonal; only tiles at the diagonal, a window's edge or a document's are masked.
  *
  * FAST: softmax needs some reference near the row's maximum, not the maximum itself. A row takes the maximum over its first keys (kExactKeys) and keeps it: later tiles need no maximum and
@@ -19,12 +22,16 @@ struct HopperForward {
   Forward f;
   int32_t queries; /* of an item: as many as fit into its rows with all heads of the group */
   int32_t tiles;   /* items of one K/V head */
+  int32_t run;     /* items that one K/V head has in a row, before the next head */
+  unsigned long long* pace; /* how often blocks have arrived at a milestone, 0 at first; null: each block at its own pace */
   bool flagged;    /* only items with an LSE that is not finite */
   CUtensorMap q, k, v;
 };
 
 constexpr int kMaxFlags = 1024; /* items of one block in the second launch */
 constexpr int kExactKeys = 1024; /* from an item's last key backwards: the reference is the maximum */
+constexpr int kPaceTiles = 32; /* tiles of keys between two milestones */
+constexpr long long kPacePatience = 1 << 21; /* clocks, about 1 ms */
 constexpr float kOutweighs = 4;  /* later a tile moves it whose sum is more than 1 / kOutweighs of all before */
 
 template <int HD_, int WGS_, int BN_, int STAGES_, int QS_, bool FAST_, bool PINGPONG_, bool BESIDE_>
@@ -48,6 +55,30 @@ struct Ring {
   uint32_t phase = 0;
   __device__ __forceinline__ void next() {
     if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+};
+/* No block is further than two milestones ahead of the average. Where others do not run at all (another kernel holds their multiprocessors), waiting ends, for all blocks and for good. */
+struct Pace {
+  static constexpr unsigned long long FREE = 1ull << 40; /* more than all arrivals */
+  unsigned long long* arrivals;
+  unsigned long long due = 0; /* arrivals to wait for */
+  int tiles = 0;
+  __device__ __forceinline__ explicit Pace(unsigned long long* a) : arrivals(a) {}
+  __device__ __forceinline__ void step() {
+    if (!arrivals || ++tiles < kPaceTiles) return;
+    tiles = 0;
+    atomicAdd(arrivals, 1);
+    for (const long long since = clock64();; __nanosleep(100)) {
+      unsigned long long seen;
+      asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(arrivals) : "memory");
+      if (seen >= due) break;
+      if (clock64() - since > kPacePatience) return leave();
+    }
+    due += gridDim.x;
+  }
+  __device__ __forceinline__ void leave() {
+    if (arrivals) atomicAdd(arrivals, FREE);
+    arrivals = nullptr;
   }
 };
 #endif
@@ -105,8 +136,15 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
     } else {
       const int64_t index = static_cast<int64_t>(i) * blocks + (i & 1 ? blocks - 1 - block : block);
       if (index >= static_cast<int64_t>(a.tiles) * p.kv_heads) return false;
-      tile = a.tiles - 1 - static_cast<int>(index / p.kv_heads);
-      t.kv_head = static_cast<int>(index % p.kv_heads);
+      if (C::FAST) {
+        const int64_t band = static_cast<int64_t>(a.run) * p.kv_heads;
+        const int first = static_cast<int>(index / band) * a.run, in_band = static_cast<int>(index % band), have = min(a.run, a.tiles - first);
+        tile = a.tiles - 1 - first - in_band % have;
+        t.kv_head = in_band / have;
+      } else {
+        tile = a.tiles - 1 - static_cast<int>(index / p.kv_heads);
+        t.kv_head = static_cast<int>(index % p.kv_heads);
+      }
     }
     t.query0 = tile * a.queries;
     t.last = min(t.query0 + a.queries, p.n) - 1;
@@ -123,6 +161,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
       prefetch_map(&a.q), prefetch_map(&a.k), prefetch_map(&a.v);
       Ring<STAGES> at;
       Ring<QS> q_at;
+      Pace pace(C::FAST ? a.pace : nullptr);
       Item t;
       for (int i = 0; item_of(i, t); i++) {
         if (skip(i)) continue;
@@ -139,11 +178,13 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
           for (int b = 0; b < BLOCKS; b++) tma_load(to + at.stage * C::TILE + b * BN * 128, &map, full + 8 * at.stage, b * 64, t.kv_head, key0);
         };
         for (int tile = 1; tile <= t.count; tile++) {
+          pace.step();
           load(a.k, sk, k_full, k_empty, t.end - tile * BN);
           load(a.v, sv, v_full, v_empty, t.end - tile * BN);
           at.next();
         }
       }
+      pace.leave();
     }
     return;
   }
