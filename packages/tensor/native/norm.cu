@@ -4,6 +4,8 @@
  * cannot be taken eight elements at a time, or are wider than 8,192, take the plain kernels. */
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "cuda_kernels.h"
 #include "rows.cuh"
 
@@ -186,7 +188,10 @@ struct Backward {
   cudaStream_t s;
   template <int GROUP, int PIECES>
   void operator()() const {
-    const auto blocks = static_cast<unsigned>((p.partials + THREADS / GROUP - 1) / (THREADS / GROUP));
+    // With dweight each group holds a partial sum, so there are few, with many rows each; else short blocks, which fill the card to the end.
+    constexpr int64_t PER = THREADS / GROUP;
+    const int64_t groups = p.dweight ? p.partials : p.rows * p.groups;
+    const auto blocks = static_cast<unsigned>(std::min<int64_t>((groups + PER - 1) / PER, 132 * 64));
     if (p.dweight) rms_norm_backward_kernel<GROUP, PIECES, true><<<blocks, THREADS, 0, s>>>(p);
     else rms_norm_backward_kernel<GROUP, PIECES, false><<<blocks, THREADS, 0, s>>>(p);
   }
