@@ -24,75 +24,18 @@ int64_t hopper_backward_floats(const Problem& p) {
 #ifdef LCTX_HOPPER
 namespace {
 
-/* lse and delta by head, padded to whole tiles with rows of probability 0. */
-__global__ void rows_kernel(const float* lse, const float* delta, float* lse_out, float* delta_out, int n, int heads, int padded) {
-  __shared__ float tile[2][32][33];
-  const int query0 = static_cast<int>(blockIdx.x) * 32, head0 = static_cast<int>(blockIdx.y) * 32;
-  for (int y = threadIdx.y; y < 32; y += 8) {
-    const int query = query0 + y, head = head0 + static_cast<int>(threadIdx.x);
-    const bool valid = query < n && head < heads;
-    const int64_t at = static_cast<int64_t>(query) * heads + head;
-    tile[0][y][threadIdx.x] = valid ? lse[at] * kLog2e : INFINITY;
-    tile[1][y][threadIdx.x] = valid ? delta[at] : 0;
+/* In which order blocks take tiles of keys: see HopperBackward. Some of one K/V head in a row keep what they share of its Q, dO and dQ in the L2 cache, and all of them where a head has
+ * work for several rounds of blocks; but blocks of a row wait for one another, and the dearest keys of the last head come late. So the last tiles, as many as there are multiprocessors,
+ * come one a head, cheapest last, unless they are much of the work. Behind a window there is nothing to keep. */
+struct KeyOrder {
+  int run, rows_end;
+  KeyOrder(const Problem& p, int64_t key_tiles, int processors) {
+    const int64_t last = processors / p.kv_heads, rest = key_tiles - (last * 4 <= key_tiles ? last : 0);
+    const int64_t row = p.window > 0 ? 1 : key_tiles > int64_t{4} * processors ? rest : std::clamp<int64_t>(key_tiles / 8, 1, 8);
+    run = static_cast<int>(row);
+    rows_end = static_cast<int>(rest / row * row);
   }
-  __syncthreads();
-  for (int y = threadIdx.y; y < 32; y += 8) {
-    const int query = query0 + static_cast<int>(threadIdx.x), head = head0 + y;
-    if (query >= padded || head >= heads) continue;
-    lse_out[static_cast<int64_t>(head) * padded + query] = tile[0][threadIdx.x][y];
-    delta_out[static_cast<int64_t>(head) * padded + query] = tile[1][threadIdx.x][y];
-  }
-}
-
-/* Per tile of queries the first tile of keys, made non-decreasing whatever doc_start holds: the turns rely on it. */
-__global__ void __launch_bounds__(1024) low_kernel(const __grid_constant__ Problem p, int* low, int tiles, int queries) {
-  __shared__ int most[1024];
-  const int each = (tiles + 1023) / 1024, begin = static_cast<int>(threadIdx.x) * each, end = min(tiles, begin + each);
-  int top = 0;
-  for (int i = begin; i < end; i++) top = max(top, first_key(p, i * queries) / kKeys);
-  most[threadIdx.x] = top;
-  __syncthreads();
-  for (int step = 1; step < 1024; step *= 2) {  // prefix maximum (Hillis and Steele 1986)
-    const int other = static_cast<int>(threadIdx.x) >= step ? most[threadIdx.x - step] : 0;
-    __syncthreads();
-    most[threadIdx.x] = max(most[threadIdx.x], other);
-    __syncthreads();
-  }
-  top = threadIdx.x > 0 ? most[threadIdx.x - 1] : 0;
-  for (int i = begin; i < end; i++) {
-    top = max(top, first_key(p, i * queries) / kKeys);
-    low[i] = top;
-  }
-}
-
-/* dQ from the order of the accumulators of 64 rows, times scale, as bf16. A thread: 8 columns of rows r and r + 8. */
-template <int HD>
-__global__ void __launch_bounds__(256) dq_kernel(const float* sum, bf16* dq, int64_t stride, int n, int tiles, int dim, float scale) {
-  const int tile = blockIdx.x, head = blockIdx.y;
-  const float4* from = reinterpret_cast<const float4*>(sum + (static_cast<int64_t>(head) * tiles + tile) * 64 * HD);
-#pragma unroll
-  for (int x0 = 0; x0 < HD / 8 * 32; x0 += 256) {
-    const int x = x0 + static_cast<int>(threadIdx.x), chunk = x % (HD / 8), pair = x / (HD / 8), row = pair / 8 * 16 + pair % 8, query = tile * 64 + row;
-    if (chunk * 8 >= dim) continue;
-    uint32_t upper[4], lower[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float4 v = from[chunk * 128 + pair * 4 + i];
-      upper[i] = pack(v.x * scale, v.y * scale);
-      lower[i] = pack(v.z * scale, v.w * scale);
-    }
-    bf16* to = dq + query * stride + static_cast<int64_t>(head) * dim + chunk * 8;
-    if (query < n) *reinterpret_cast<uint4*>(to) = make_uint4(upper[0], upper[1], upper[2], upper[3]);
-    if (query + 8 < n) *reinterpret_cast<uint4*>(to + 8 * stride) = make_uint4(lower[0], lower[1], lower[2], lower[3]);
-  }
-}
-
-/* Tiles of keys of one K/V head that blocks take before they turn to the next head. Many keep that head's Q, dO and dQ in the L2 cache. But the dearest keys of the last head come late then,
- * unless a head has keys for almost two rounds of blocks; and in order the blocks of a row start one behind the other. Behind a window there is nothing to keep. */
-int keys_in_a_row(const Problem& p, int64_t key_tiles, int processors) {
-  if (p.window > 0) return 1;
-  return static_cast<int>(key_tiles * 4 >= int64_t{7} * processors ? key_tiles : std::max<int64_t>(1, key_tiles / 8));
-}
+};
 
 template <bool ORDERED>
 struct BackwardDims {
@@ -126,20 +69,24 @@ int start(const Backward& b, void* stream) {
   if (const int e = map(&a.dout, b.dout, b.dout_stride, p.heads, p.n, C::M)) return e;
   if (const int e = map(&a.k, p.k, p.k_stride, p.kv_heads, keys, kKeys)) return e;
   if (const int e = map(&a.v, p.v, p.v_stride, p.kv_heads, keys, kKeys)) return e;
-  if (const int e = cudaMemsetAsync(a.turn, 0, (rows / C::M + 1) * 4, s)) return e;
   if (!C::ORDERED)
     if (const int e = cudaMemsetAsync(a.dq_sum, 0, rows * C::HD * 4, s)) return e;
-  rows_kernel<<<dim3(a.tiles * (C::M / 32), (p.heads + 31) / 32), dim3(32, 8), 0, s>>>(b.lse, b.delta, lse, delta, p.n, p.heads, a.tiles * C::M);
-  low_kernel<<<1, 1024, 0, s>>>(p, low, a.tiles, C::M);
+  const BackwardPrepare prepare{b, lse, delta, low, a.turn, rows / C::M + 1, a.tiles, C::M, kKeys};
+  prepare_kernel<<<dim3(kSinkParts + 1, (p.heads + kPrepareHeads - 1) / kPrepareHeads), 256, 0, s>>>(prepare);
+  if (const int e = cudaGetLastError()) return e;
+  if (b.dsinks != nullptr) a.sink_partial = b.sink_partial, a.dsinks = b.dsinks;
   const int64_t key_tiles = (keys + kKeys - 1) / kKeys - a.first_tile;
   int device = 0, processors = 0;
   if (const cudaError_t e = cudaGetDevice(&device)) return e;
   if (const cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
-  a.run = keys_in_a_row(p, key_tiles, processors);
-  const int64_t blocks = round_up(key_tiles, a.run) * p.kv_heads;
+  const KeyOrder order(p, key_tiles, processors);
+  a.run = order.run, a.rows_end = order.rows_end;
+  if (C::ORDERED) a.dq = static_cast<bf16*>(b.dq), a.dq_stride = b.dq_stride;
+  const int64_t blocks = key_tiles * p.kv_heads;
   if (const int e = launch(hopper_backward_kernel<C>, blocks, C::THREADS, C::SMEM, a, stream)) return e;
+  if (C::ORDERED) return 0;
   const int pieces = a.tiles * (C::M / 64);
-  dq_kernel<C::HD><<<dim3(pieces, p.heads), 256, 0, s>>>(a.dq_sum, static_cast<bf16*>(b.dq), b.dq_stride, p.n, pieces, p.dim, p.scale);
+  dq_kernel<C::HD><<<dim3(pieces, p.heads), 128, 0, s>>>(a.dq_sum, static_cast<bf16*>(b.dq), b.dq_stride, p.n, pieces, p.dim, p.scale);
   return cudaGetLastError();
 }
 
@@ -167,7 +114,6 @@ bool hopper_card() { return lctx::cuda::is_hopper(); }
 int hopper_backward(const Backward& b, void* stream) {
   if (b.p.n == 0) return 0;
   if (hopper_backward_window_takes(b.p)) return hopper_backward_window(b, stream);
-  if (const int error = backward_delta(b, stream)) return error;
   // Behind a window few additions meet, and the first of a tile stores: order costs less than clearing dQ.
   return b.ordered || b.p.window > 0 ? run<true>(b, stream) : run<false>(b, stream);
 }

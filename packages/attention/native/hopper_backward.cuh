@@ -5,12 +5,14 @@
  * registers; dS also goes through shared memory, for dQ = dS K, of which each warpgroup computes half. The third warpgroup's warps copy tiles in and dQ out.
  *
  * dQ is summed in f32 memory by bulk reductions of whole tiles, laid out as the accumulators lie in registers. ORDERED: a tile's sum is made in rising order of keys. A counter per
- * tile and head says whose turn it is; the first stores, so that nothing needs clearing. Blocks take their keys from a ticket counter in rising order, so whoever is waited for is running
+ * tile and head says whose turn it is; the first stores, so that nothing needs clearing, and the last, that of the diagonal, makes bf16 of the sum before its block ends. Blocks take their
+ * keys from a ticket counter in rising order, so whoever is waited for is running
  * or done; and since all go through the queries in one order, the block of the next keys follows a step or two behind. It must not fall back further: what blocks share of Q, dO and dQ is
  * then gone from the L2 cache, additions take longer to arrive, and the distance grows. So every buffer of dQ has a thread of its own, which passes the turn on the moment its addition has
  * arrived and holds up neither the other buffer nor the block. */
 #ifndef LC_ATTENTION_HOPPER_BACKWARD_CUH
 #define LC_ATTENTION_HOPPER_BACKWARD_CUH
+#include "hopper_backward_ends.cuh"
 #include "lctx/hopper.cuh"
 #include "tiles.cuh"
 
@@ -21,6 +23,8 @@ struct HopperBackward {
   Problem p;
   float *dk, *dv;
   int64_t dk_stride, dv_stride;
+  bf16* dq;           /* ORDERED: the block of the last keys that a query sees writes its row */
+  int64_t dq_stride;
   float* dq_sum;      /* [heads, tiles, M * HD] */
   const float* lse;   /* [heads, tiles * M], times log2(e); infinity beyond n */
   const float* delta; /* [heads, tiles * M] */
@@ -28,7 +32,9 @@ struct HopperBackward {
   int* turn;          /* [heads, tiles]: how many tiles of keys were added to dQ */
   int* ticket;
   int tiles, first_tile; /* tiles of queries; first tile of keys */
-  int run;               /* tiles of keys that one K/V head has in a row, before the next head */
+  int run, rows_end;     /* one K/V head has `run` tiles of keys in a row before the next head, up to tile `rows_end` (a multiple of `run`) from the first; from there on one */
+  const float* sink_partial; /* [kSinkParts, heads], or null */
+  float* dsinks;
 };
 
 /* M: queries of a tile; at 128 dV waits until P and dP are dS, for want of registers for P twice (f32 for dS, bf16 for dV). DQ_BUFFERS: tiles of dQ on their way to memory. */
@@ -38,7 +44,7 @@ struct HopperBackwardConfig {
   static constexpr bool ORDERED = ORDERED_;
   static constexpr int KEYS = N * HD * 2, ROWS = M * HD * 2, DS = M * N * 2, DQ = M * HD * 4; /* bytes of a tile */
   static constexpr int AT_K = 0, AT_V = KEYS, AT_Q = 2 * KEYS, AT_DO = AT_Q + STAGES * ROWS, AT_DS = AT_DO + STAGES * ROWS, AT_DQ = AT_DS + 2 * DS, AT_LSE = AT_DQ + DQB * DQ,
-                       AT_DELTA = AT_LSE + STAGES * M * 4, AT_BAR = AT_DELTA + STAGES * M * 4, BARRIERS = 4 * STAGES + 1 + 2 * DQB;
+                       AT_DELTA = AT_LSE + STAGES * M * 4, AT_BAR = AT_DELTA + STAGES * M * 4, BARRIERS = 4 * STAGES + 2 + 2 * DQB;
   static constexpr int SMEM = AT_BAR + BARRIERS * 8 + 16;
   static_assert(DQB <= 3);  /* a warp each */
   static_assert(SMEM <= 227 << 10, "more shared memory than a block has");
@@ -67,6 +73,70 @@ struct BackwardSteps {
     if (++stage == STAGES) stage = 0, phase ^= 1;
   }
 };
+
+/* The first i of [low, high) with values[i] above `value`, or high; values do not decrease. By a warp: two rounds of loads where first_above takes ten. */
+__device__ __forceinline__ int warp_first_above(const int* values, int low, int high, int value) {
+  while (low < high) {
+    const int step = (high - low + 31) / 32, at = low + static_cast<int>(threadIdx.x) % 32 * step;
+    const uint32_t above = __ballot_sync(~0u, at >= high || values[at] > value);
+    const int lane = above ? __ffs(static_cast<int>(above)) - 1 : 32;
+    if (lane == 0) return low;
+    high = min(high, low + lane * step);
+    low += (lane - 1) * step + 1;
+  }
+  return high;
+}
+
+/* Which keys the block of a ticket has. */
+struct BackwardKeys {
+  int kv_head, tile;
+  __device__ __forceinline__ BackwardKeys(const HopperBackward& a, int ticket) {
+    const int heads = a.p.kv_heads, last = ticket - a.rows_end * heads;
+    kv_head = last < 0 ? ticket / a.run % heads : last % heads;
+    tile = a.first_tile + (last < 0 ? ticket / (a.run * heads) * a.run + ticket % a.run : a.rows_end + last / heads);
+  }
+};
+
+/* dSinks from the sums of the parts, by a warp. */
+__device__ __forceinline__ void add_sinks(float* dsinks, const float* parts, int heads) {
+  for (int head = threadIdx.x % 32; head < heads; head += 32) {
+    float sum = 0;
+#pragma unroll 4
+    for (int part = 0; part < kSinkParts; part++) sum += parts[static_cast<int64_t>(part) * heads + head];
+    dsinks[head] -= sum;
+  }
+}
+__device__ __forceinline__ void add_memory(float* to, float x, float y) { asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory"); }
+
+/* dQ, complete, of the queries of which no later keys are seen; by eight warps, each with several loads under way. */
+template <class C>
+__device__ __forceinline__ void write_dq(const HopperBackward& a, const BackwardKeys& keys) {
+  constexpr int M = C::M, HD = C::HD, PIECES = M / 64, PARTS = QueryGradient::parts<HD>(), AT_ONCE = 4;
+  const Problem& p = a.p;
+  const int key0 = keys.tile * C::N, first = max(0, key0 - p.start) / M, last = key0 + C::N >= p.start + p.n ? a.tiles : (key0 + C::N - p.start) / M;
+  const int count = (last - first) * p.group * PIECES * PARTS;
+  struct Place { int head, query, part; };
+  const auto place = [&](int i) {
+    const int piece = i / PARTS, tile = piece / PIECES;
+    return Place{keys.kv_head * p.group + tile % p.group, (first + tile / p.group) * M + piece % PIECES * 64, i % PARTS};
+  };
+#pragma unroll 1
+  for (int i0 = threadIdx.x / 32; i0 < count; i0 += 8 * AT_ONCE) {
+    QueryGradient x[AT_ONCE];
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++)
+      if (const int i = i0 + j * 8; i < count) {
+        const Place at = place(i);
+        x[j].template load<HD>(a.dq_sum + (static_cast<int64_t>(at.head) * a.tiles * M + at.query) * HD, at.part);
+      }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++)
+      if (const int i = i0 + j * 8; i < count) {
+        const Place at = place(i);
+        x[j].template store<HD>(a.dq + at.query * a.dq_stride + static_cast<int64_t>(at.head) * p.dim, a.dq_stride, at.part, p.n - at.query, p.dim, p.scale);
+      }
+  }
+}
 #endif
 
 template <class C>
@@ -78,10 +148,11 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
   const Problem& p = a.p;
   const uint32_t base = smem(memory), bars = base + C::AT_BAR;
   const uint32_t full_q = bars, full_do = bars + 8 * STAGES, empty_q = bars + 16 * STAGES, empty_do = bars + 24 * STAGES, full_kv = bars + 32 * STAGES, dq_full = full_kv + 8,
-                 dq_empty = dq_full + 8 * DQB;
+                 dq_empty = dq_full + 8 * DQB, dq_done = dq_empty + 8 * DQB;
   int* ticket = reinterpret_cast<int*>(memory + C::AT_BAR + 8 * C::BARRIERS);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
+    const int mine = atomicAdd(a.ticket, 1);
     for (int s = 0; s < STAGES; s++) {
       mbarrier_init(full_q + 8 * s, 1);
       mbarrier_init(full_do + 8 * s, 1);
@@ -89,17 +160,21 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
       mbarrier_init(empty_do + 8 * s, 8);
     }
     mbarrier_init(full_kv, 1);
+    mbarrier_init(dq_done, DQB);
     for (int s = 0; s < DQB; s++) {
       mbarrier_init(dq_full + 8 * s, 8);
       mbarrier_init(dq_empty + 8 * s, 1);
     }
     mbarrier_init_fence();
-    *ticket = atomicAdd(a.ticket, 1);
+    *ticket = mine;
   }
   __syncthreads();
-  const int item = *ticket, kv_head = item / a.run % p.kv_heads, key_tile = a.first_tile + item / (a.run * p.kv_heads) * a.run + item % a.run, key0 = key_tile * N;
+  const BackwardKeys mine(a, *ticket);
+  const int kv_head = mine.kv_head, key_tile = mine.tile, key0 = key_tile * N;
+  if (*ticket == 0 && warp == 11 && a.sink_partial != nullptr) add_sinks(a.dsinks, a.sink_partial, p.heads);
   const int begin = max(0, key0 - p.start) / M;  // query tiles
-  const int end = first_above(a.low, begin, max(begin, a.tiles), key_tile);  // the first whose first key lies beyond
+  // The first whose first key lies beyond.
+  const int end = p.doc_start == nullptr && p.window == 0 ? max(begin, a.tiles) : warp_first_above(a.low, begin, max(begin, a.tiles), key_tile);
   if (begin >= end || key0 >= p.start + p.n) return;
   const int group = p.group, head0 = kv_head * group, steps = (end - begin) * group;
 
@@ -152,6 +227,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
         }
       }
       bulk_wait<0>();
+      if (C::ORDERED) {
+        fence_copies();
+        mbarrier_arrive(dq_done);
+      }
     }
     return;
   }
@@ -309,13 +388,13 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
 #pragma unroll
     for (int j = 0; j < HD / 8; j++)
       if (j * 8 < p.dim) {
-        float2* xk = reinterpret_cast<float2*>(to_k + j * 8 + column);
-        float2* xv = reinterpret_cast<float2*>(to_v + j * 8 + column);
-        float2 vk = *xk, vv = *xv;
-        vk.x += dk[j * 4 + h * 2] * p.scale, vk.y += dk[j * 4 + h * 2 + 1] * p.scale;
-        vv.x += dv[j * 4 + h * 2], vv.y += dv[j * 4 + h * 2 + 1];
-        *xk = vk, *xv = vv;
+        add_memory(to_k + j * 8 + column, dk[j * 4 + h * 2] * p.scale, dk[j * 4 + h * 2 + 1] * p.scale);
+        add_memory(to_v + j * 8 + column, dv[j * 4 + h * 2], dv[j * 4 + h * 2 + 1]);
       }
+  }
+  if constexpr (C::ORDERED) {
+    mbarrier_wait(dq_done, 0);
+    write_dq<C>(a, BackwardKeys(a, *static_cast<volatile int*>(ticket)));  // again, rather than in registers over the whole loop
   }
 #endif
 }
