@@ -32,7 +32,7 @@ export function program(name = 'lc'): Command {
     .option('--device <device>', 'cpu or cuda', 'cpu')
     .option('--vram <bytes>', 'device memory to plan for, CUDA context included, e.g. 24GiB; default what is free')
     .option('--ram <bytes>', 'host memory to plan for; default what is free')
-    .option('--layers-per-segment <n>', "layers per gradient checkpoint; 'auto': as few as fit")
+    .option('--layers-per-segment <n>', "layers per gradient checkpoint; 'auto': what makes the step fastest")
     .option('--lora-r <r>', 'LoRA rank', '16')
     .option('--json', 'one JSON object on stdout')
     .action(planCommand);
