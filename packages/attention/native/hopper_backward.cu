@@ -1,5 +1,7 @@
 /* Which problems Hopper's backward takes, its launches, and the small kernels before and after it. */
 #include "hopper_backward.cuh"
+#include "hopper_map.cuh"
+#include "lctx/multiprocessors.h"
 
 #include <algorithm>
 
@@ -59,16 +61,10 @@ int start(const Backward& b, void* stream) {
   a.turn = low + round_up(a.tiles, 4);
   a.ticket = a.turn + rows / C::M;
   a.first_tile = p.window > 0 ? std::max(0, p.start + 1 - p.window) / kKeys : 0;
-  const auto map = [&](CUtensorMap* to, const void* x, int64_t stride, int heads, int64_t count, uint32_t tile) {
-    const auto u = [](int64_t y) { return static_cast<uint64_t>(y); };
-    const uint64_t sizes[3] = {u(p.dim), u(heads), u(count)}, strides[2] = {u(p.dim) * 2, u(stride) * 2};
-    const uint32_t box[3] = {64, 1, tile};
-    return lctx::cuda::tensor_map(to, x, 3, sizes, strides, box);
-  };
-  if (const int e = map(&a.q, p.q, p.q_stride, p.heads, p.n, C::M)) return e;
-  if (const int e = map(&a.dout, b.dout, b.dout_stride, p.heads, p.n, C::M)) return e;
-  if (const int e = map(&a.k, p.k, p.k_stride, p.kv_heads, keys, kKeys)) return e;
-  if (const int e = map(&a.v, p.v, p.v_stride, p.kv_heads, keys, kKeys)) return e;
+  if (const int e = token_map(&a.q, p.q, p.n, p.heads, p.dim, p.q_stride, C::M)) return e;
+  if (const int e = token_map(&a.dout, b.dout, p.n, p.heads, p.dim, b.dout_stride, C::M)) return e;
+  if (const int e = token_map(&a.k, p.k, keys, p.kv_heads, p.dim, p.k_stride, kKeys)) return e;
+  if (const int e = token_map(&a.v, p.v, keys, p.kv_heads, p.dim, p.v_stride, kKeys)) return e;
   if (!C::ORDERED)
     if (const int e = cudaMemsetAsync(a.dq_sum, 0, rows * C::HD * 4, s)) return e;
   const BackwardPrepare prepare{b, lse, delta, low, a.turn, rows / C::M + 1, a.tiles, C::M, kKeys};
@@ -76,9 +72,8 @@ int start(const Backward& b, void* stream) {
   if (const int e = cudaGetLastError()) return e;
   if (b.dsinks != nullptr) a.sink_partial = b.sink_partial, a.dsinks = b.dsinks;
   const int64_t key_tiles = (keys + kKeys - 1) / kKeys - a.first_tile;
-  int device = 0, processors = 0;
-  if (const cudaError_t e = cudaGetDevice(&device)) return e;
-  if (const cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
+  int processors = 0;
+  if (const int e = lctx::cuda::multiprocessors(&processors)) return e;
   const KeyOrder order(p, key_tiles, processors);
   a.run = order.run, a.rows_end = order.rows_end;
   if (C::ORDERED) a.dq = static_cast<bf16*>(b.dq), a.dq_stride = b.dq_stride;
