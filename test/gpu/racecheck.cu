@@ -4,6 +4,8 @@
  *   nvcc -std=c++17 -O3 -lineinfo -arch=sm_90a -Inative/include -o /tmp/racecheck test/gpu/racecheck.cu
  *   for k in 0 1 2 3 4 5 6 7; do compute-sanitizer --tool racecheck /tmp/racecheck $k; done
  *
+ * The last two: racecheck says nothing of the right one, nor of the wrong one, whose results are wrong: it does not see what a bulk copy reads. That dQ is handed over right is shown by results.
+ *
  * The writer waits until the place is free, writes, arrives on `full` (release); the reader waits for it (acquire), reads, arrives on `empty`. Where one lane arrives for its warp,
  * __syncwarp before it orders the other lanes' accesses. */
 #include <cstdio>
