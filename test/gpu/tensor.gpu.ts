@@ -780,6 +780,59 @@ test('gemm: narrow products', async () => {
   }
 });
 
+gemmTest('gemm: several tiles a block, k from less than a step to more than a ring of stages', async () => {
+  // 228 tiles of 256 x 128: more than an H100 has multiprocessors. The rows looked at lie in whole tiles, in the partial ones, and on both sides of the borders.
+  const [m, n] = small ? [520, 264] : [4616, 1416];
+  const rows = [0, 8, 63, 64, 127, 128, 255, 256, 511, 512, 519, 2047, 2048, 3333, 4607, 4608, 4615].filter((row) => row < m);
+  for (const k of small ? [24, 328] : [8, 24, 72, 328, 1000])
+    for (const ta of [false, true])
+      for (const tb of small ? [!ta] : [false, true])
+        for (const cType of small || k !== 328 ? (['bf16'] as const) : (['bf16', 'f32'] as const)) {
+          const a = make(ta ? [k, m] : [m, k], 'bf16', k);
+          const b = make(tb ? [n, k] : [k, n], 'bf16', k + 1);
+          using c = empty([m, n], { dtype: cType, device: 'cuda' });
+          fill(c, Number.NaN);
+          gemm({ a: a.gpu, b: b.gpu, c, transA: ta, transB: tb, backend: 1 });
+          for (const row of rows) {
+            const one = Float32Array.from({ length: k }, (_, i) => a.values[ta ? i * m + row : row * k + i] as number);
+            const { sum, magnitude } = gemmReference(one, b.values, 1, n, k, false, tb);
+            close(`${cType} ${ta} ${tb} k ${k} row ${row}`, await fetch(c.rows(row, 1)), sum, cType, (i) => magnitude[i] as number, k);
+          }
+          if (k !== 328) continue;
+          using again = empty([m, n], { dtype: cType, device: 'cuda' });
+          gemm({ a: a.gpu, b: b.gpu, c: again, transA: ta, transB: tb, backend: 1 });
+          const [first, second] = [await c.read(), await again.read()];
+          assert(
+            first.every((v, i) => v === second[i]),
+            `${cType} ${ta} ${tb} k ${k}: not every element written, or not the same bits twice`,
+          );
+        }
+});
+
+gemmTest('grouped gemm weight gradient: experts of many rows, of none and of one', async () => {
+  const offsets = small ? [0, 0, 1, 200, 264] : [0, 0, 1, 700, 700, 2500, 2564, 2565, 3300];
+  const experts = offsets.length - 1;
+  const [rows, m, n] = [offsets[experts] as number, small ? 136 : 520, small ? 264 : 1032];
+  const a = make([rows, m], 'bf16', 1);
+  const b = make([rows, n], 'bf16', 2);
+  using at = empty([experts + 1], { dtype: 'i32', device: 'cuda' });
+  using host = fromTypedArray(Int32Array.from(offsets), [experts + 1]);
+  copy(at, host);
+  for (const cType of ['bf16', 'f32'] as const) {
+    using c = empty([experts, m, n], { dtype: cType, device: 'cuda' });
+    fill(c, Number.NaN);
+    groupedGemmWeightGrad({ a: a.gpu, b: b.gpu, c, offsets: at });
+    for (let e = 0; e < experts; e++)
+      for (const row of [0, 64, 135, 255, 256, m - 1].filter((r) => r < m)) {
+        const [start, end] = [offsets[e] as number, offsets[e + 1] as number];
+        const one = Float32Array.from({ length: end - start }, (_, i) => a.values[(start + i) * m + row] as number);
+        const { sum, magnitude } = gemmReference(one, b.values.subarray(start * n, end * n), 1, n, end - start, false, false);
+        const got = await fetch(c.rows(e, 1).view([m, n]).rows(row, 1));
+        close(`${cType} expert ${e} row ${row}`, got, sum, cType, (i) => magnitude[i] as number, Math.max(1, end - start));
+      }
+  }
+});
+
 gemmTest('gemm: a long k in pieces, the same bits twice', async () => {
   for (const [m, n, k, aType, bType, cType] of [
     [8, 264, small ? 2051 : 5003, 'bf16', 'bf16', 'f32'],

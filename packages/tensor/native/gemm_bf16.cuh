@@ -1,5 +1,5 @@
 /* bf16 GEMM with f32 accumulation on tensor cores: mma.sync m16n8k16, operands through a ring of swizzled shared-memory tiles filled by cp.async.
- * Runs from sm_80 on, in 64, 96 or 144 KiB of shared memory. One kernel serves plain and grouped products: a group only changes where a tile starts.
+ * Runs from sm_80 on, in 65, 98, 146 or 194 KiB of shared memory. One kernel serves plain and grouped products: a group only changes where a tile starts.
  *
  * Each warp owns 64 x 64 of c: the largest square whose accumulators fit in registers, so shared memory is read least per multiply. Fragments of the next 16 k
  * are loaded while those of the present 16 are multiplied, across stages too. Every element sums its k in the same order in every configuration: an
@@ -10,24 +10,30 @@
 #include <cuda_runtime.h>
 
 #include "cuda_kernels.h"
+#include "gemm_store.cuh"
 #include "gemm_tiles.cuh"
+#include "lctx/mbarrier.cuh"
 #include "lctx/mma.cuh"
 #include "lctx/shared_memory.h"
 
 namespace lctx::cuda {
 
-/* BM x BN of c per block, k in steps of BK, STAGES tiles in flight, at least CTAS blocks on a multiprocessor. The first copy of a stage follows after FIRST x 4 of a step's products; tiles come in bands of
- * BAND rows. */
-template <int BM_, int BN_, int BK_, int STAGES_, int CTAS_, int FIRST_ = 2, int BAND_ = kGroupRows>
+/* BM x BN of c per block, k in steps of BK, LEAST to MOST stages in flight (as many as shared memory holds), at least CTAS blocks on a multiprocessor. The copies of a stage follow after FIRST x 4 of
+ * a step's products; tiles come in bands of BAND rows. */
+template <int BM_, int BN_, int BK_, int LEAST_, int MOST_, int CTAS_, int FIRST_ = 2, int BAND_ = kGroupRows>
 struct GemmTile {
-  static constexpr int FIRST = FIRST_, BAND = BAND_;
-  static constexpr int BM = BM_, BN = BN_, BK = BK_, STAGES = STAGES_, CTAS = CTAS_;
-  static constexpr int WARPS_N = BN / 64, THREADS = BM / 64 * WARPS_N * 32;
-  static constexpr int STAGE_BYTES = (BM + BN) * BK * 2, SMEM = STAGES * STAGE_BYTES;
+  static constexpr int BM = BM_, BN = BN_, BK = BK_, MOST = MOST_, CTAS = CTAS_, FIRST = FIRST_, BAND = BAND_;
+  static constexpr int WARPS_N = BN / 64, WARPS = BM / 64 * WARPS_N, THREADS = WARPS * 32;
+  static constexpr int STAGE_BYTES = (BM + BN) * BK * 2;
+  static constexpr int KEPT = 8; /* tiles that a warp may have to know: of every stage in flight and the one that it stores */
+  static_assert(KEPT > MOST + 1);
+  static constexpr int smem(int stages) { return stages * (STAGE_BYTES + 16) + WARPS * KEPT * 32; }
+  static constexpr int SMEM = smem(LEAST_);
 };
-using GemmDeep = GemmTile<256, 128, 64, 3, 1, 8, 1024>; /* 144 KiB: 5 to 8% faster than */
-using GemmLarge = GemmTile<256, 128, 32, 4, 1>;          /* 96 KiB */
-using GemmSmall = GemmTile<128, 128, 32, 4, 2>;          /* 64 KiB */
+using GemmDeep = GemmTile<256, 128, 64, 3, 4, 1, 6, 1024>; /* 146 or 194 KiB: 5 to 10% faster than */
+using GemmLarge = GemmTile<256, 128, 32, 4, 4, 1, 2, 1024>; /* 98 KiB */
+using GemmSmall = GemmTile<128, 128, 32, 4, 4, 2>;          /* 65 KiB */
+static_assert(GemmLarge::SMEM <= 99 << 10 && GemmSmall::SMEM <= 99 << 10);
 
 namespace gemm_detail {
 
@@ -49,12 +55,13 @@ struct Operand {
 
   const char* at;      /* this thread's chunk of pass 0 */
   int64_t step;        /* bytes from pass to pass */
-  uint32_t exists;     /* K_CONTIGUOUS: bit per pass; else elements of the chunk that exist */
+  int exists;          /* K_CONTIGUOUS: passes whose row exists; else elements of the chunk that exist */
   int k_at;            /* k of the chunk within a tile, in pass 0 */
   uint32_t to;         /* byte offset in the tile */
   /* Of the tile that is being filled. */
   const char* source;
   int k_left;          /* from k_at on */
+  int passes;          /* K_CONTIGUOUS: that have anything to copy */
 
   static __device__ __forceinline__ uint32_t permuted(int row, int chunk) {
     const int key = K_CONTIGUOUS && BK == 32 ? (row >> 1) & 3 : row & 7;  // rows of 64 bytes: two to a line
@@ -69,11 +76,11 @@ struct Operand {
     k_at = K_CONTIGUOUS ? chunk * 8 : row;
     at = reinterpret_cast<const char*>(K_CONTIGUOUS ? from + (r0 + row) * ld + chunk * 8 : from + row * ld + r0 + chunk * 8);
     if constexpr (K_CONTIGUOUS) {
-      exists = 0;
-      for (int i = 0; i < PASSES; i++) exists |= (r0 + row + i * ROWS < rows ? 1u : 0u) << i;
+      const int64_t left = rows - r0 - row;
+      exists = static_cast<int>(left <= 0 ? 0 : left > PASSES * ROWS ? PASSES : (left + ROWS - 1) / ROWS);
     } else {
       const int64_t left = rows - r0 - chunk * 8;
-      exists = static_cast<uint32_t>(left < 0 ? 0 : left > 8 ? 8 : left);
+      exists = static_cast<int>(left < 0 ? 0 : left > 8 ? 8 : left);
     }
   }
 
@@ -81,17 +88,18 @@ struct Operand {
   __device__ __forceinline__ void begin(int left) {
     source = at;
     k_left = left - k_at;
+    passes = k_left > 0 ? exists : 0;
   }
   /* Pass i of PASSES, in order. */
   __device__ __forceinline__ void pass(uint32_t tile, int i) {
     const uint32_t dst = tile + to + i * ROWS * PER_ROW * 16;
     if constexpr (COPIES == Copies::kExact) {
-      const bool some = K_CONTIGUOUS ? k_left > 0 && exists >> i & 1 : exists && i * ROWS < k_left;
+      const bool some = K_CONTIGUOUS ? i < passes : exists && i * ROWS < k_left;
       cp_async_if(dst, source, some);
     } else {
       int valid;
-      if constexpr (K_CONTIGUOUS) valid = exists >> i & 1 ? min(max(k_left, 0), 8) : 0;
-      else valid = i * ROWS < k_left ? static_cast<int>(exists) : 0;
+      if constexpr (K_CONTIGUOUS) valid = i < passes ? min(k_left, 8) : 0;
+      else valid = i * ROWS < k_left ? exists : 0;
       if constexpr (COPIES == Copies::kChunks) {
         cp_async(dst, source, valid * 2);
       } else {
@@ -124,178 +132,169 @@ struct Operand {
   }
 };
 
-/* The warp's 64 x 64 of c. `vector`: c's rows and n are such that 16-byte (bf16) or 8-byte (f32) stores are aligned. */
-__device__ __forceinline__ void store_warp(const float (&acc)[4][8][4], const GemmLaunch& p, void* c_base, int64_t row0, int64_t column0, int64_t m) {
-  const int lane = threadIdx.x % 32;
-  const bool vector = p.vector_c != 0;
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int64_t row = row0 + i * 16 + lane / 4 + h * 8;
-      const bool row_valid = row < m;
-      if (p.c_f32) {
-        float* c = static_cast<float*>(c_base) + row * p.ldc;
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-          const int64_t column = column0 + j * 8 + lane % 4 * 2;
-          float v0 = p.alpha * acc[i][j][h * 2], v1 = p.alpha * acc[i][j][h * 2 + 1];
-          if (!row_valid) continue;
-          if (vector && column + 1 < p.n) {
-            float2* at = reinterpret_cast<float2*>(c + column);
-            if (p.beta != 0.0f) {
-              const float2 before = *at;
-              v0 += p.beta * before.x;
-              v1 += p.beta * before.y;
-            }
-            *at = make_float2(v0, v1);
-          } else {
-            if (column < p.n) c[column] = p.beta != 0.0f ? v0 + p.beta * c[column] : v0;
-            if (column + 1 < p.n) c[column + 1] = p.beta != 0.0f ? v1 + p.beta * c[column + 1] : v1;
-          }
-        }
-      } else {
-        __nv_bfloat16* c = static_cast<__nv_bfloat16*>(c_base) + row * p.ldc;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          uint32_t packed[4];
-#pragma unroll
-          for (int j = 0; j < 4; j++) {
-            const int64_t column = column0 + (half * 4 + j) * 8 + lane % 4 * 2;
-            float v0 = p.alpha * acc[i][half * 4 + j][h * 2], v1 = p.alpha * acc[i][half * 4 + j][h * 2 + 1];
-            if (p.beta != 0.0f && row_valid) {
-              if (column < p.n) v0 += p.beta * __bfloat162float(c[column]);
-              if (column + 1 < p.n) v1 += p.beta * __bfloat162float(c[column + 1]);
-            }
-            packed[j] = pack(v0, v1);
-          }
-          transpose_quad(packed);  // every lane takes part
-          const int64_t column = column0 + half * 32 + lane % 4 * 8;
-          if (!row_valid || column >= p.n) continue;
-          if (vector && column + 8 <= p.n) {
-            *reinterpret_cast<uint4*>(c + column) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-          } else {
-#pragma unroll
-            for (int e = 0; e < 8; e++)
-              if (column + e < p.n) reinterpret_cast<uint16_t*>(c)[column + e] = static_cast<uint16_t>(packed[e / 2] >> (e % 2 * 16));
-          }
-        }
-      }
-    }
-}
+/* A tile of c as its warps need it: written when its first operands are asked for, kept until it is stored. */
+struct KeptTile {
+  int32_t m, n;    /* in tiles */
+  int32_t steps;   /* of BK, at least 1: without any k, one of zeros; 0: there are no more tiles */
+  int32_t unused;
+  int64_t rows, c; /* as in TileOf */
+};
+static_assert(sizeof(KeptTile) == 32);
 
-/* Blocks stay: each takes every gridDim.x-th tile, and loads run ahead of products across tiles, so that only a kernel's first tile waits for memory. */
+/* A place in the ring of stages, its mbarriers ("copies have arrived", and 8 bytes further "every warp has read it"), and in which of its phases they are. */
+struct StageAt {
+  uint32_t at, bar, parity;
+  __device__ __forceinline__ void next(uint32_t base, uint32_t end, int bytes) {
+    at += bytes;
+    bar += 16;
+    if (at == end) {
+      at = base;
+      bar = end;
+      parity ^= 1;
+    }
+  }
+};
+
+/* Blocks stay: each takes every gridDim.x-th tile, and loads run ahead of products across tiles, so that only a kernel's first tile waits for memory. Warps do not wait for
+ * each other, only for operands and for stages that everyone has read: they drift apart, and one multiplies while another on the same scheduler computes addresses or stores. */
 template <class T, bool TA, bool TB, Copies COPIES>
-__global__ void __launch_bounds__(T::THREADS, T::CTAS) gemm_kernel(const __grid_constant__ GemmLaunch p, uint32_t tiles) {
+__global__ void __launch_bounds__(T::THREADS, T::CTAS) gemm_kernel(const __grid_constant__ GemmLaunch p, uint32_t tiles, uint32_t stages) {
   extern __shared__ __align__(128) unsigned char smem[];
   using A = Operand<T::BM, T::BK, T::THREADS, !TA, COPIES>;
   using B = Operand<T::BN, T::BK, T::THREADS, TB, COPIES>;
-  const uint32_t base = smem_address(smem);
-  // The next tile from `index` on that has anything to do; `index` moves there.
-  auto seek = [&](uint32_t& index, TileOf* tile) {
-    for (; index < tiles; index += gridDim.x)
-      if (find_tile<T::BM, T::BN, T::BAND>(p, index, tile)) return true;
-    return false;
-  };
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // The stages, two mbarriers for each, and the tiles that each warp has to know.
+  const uint32_t base = smem_address(smem), end = base + stages * T::STAGE_BYTES;
+  KeptTile* const kept = reinterpret_cast<KeptTile*>(smem + stages * (T::STAGE_BYTES + 16)) + warp * T::KEPT;
+  if (threadIdx.x < stages) {
+    mbarrier_init(end + threadIdx.x * 16, T::THREADS);
+    mbarrier_init(end + threadIdx.x * 16 + 8, T::WARPS);
+  }
+  __syncthreads();
 
   A a;
   B b;
-  uint32_t load_index = blockIdx.x;
-  int k_left = 0;  // of the tile of c whose operands are being copied; 0 after the last
+  uint32_t load_index = blockIdx.x, load_count = 0;
+  bool loading = true;
+  int k_left = 0;  // of the tile of c whose operands are being copied; 0 or less after the last
   auto begin_tile = [&] {
-    TileOf tile;
+    TileOf tile = {};
+    loading = false;
+    for (; load_index < tiles && !loading; load_index += gridDim.x) loading = find_tile<T::BM, T::BN, T::BAND>(p, load_index, &tile);
     k_left = 0;
-    if (!seek(load_index, &tile)) return;
-    a.start(static_cast<const __nv_bfloat16*>(p.a) + tile.a, p.lda, tile.m * T::BM, tile.rows);
-    b.start(static_cast<const __nv_bfloat16*>(p.b) + tile.b, p.ldb, tile.n * T::BN, p.n);
-    k_left = static_cast<int>(tile.k);
+    if (loading) {
+      a.start(static_cast<const __nv_bfloat16*>(p.a) + tile.a, p.lda, tile.m * T::BM, tile.rows);
+      b.start(static_cast<const __nv_bfloat16*>(p.b) + tile.b, p.ldb, tile.n * T::BN, p.n);
+      k_left = static_cast<int>(tile.k);
+    }
+    if (lane == 0)
+      kept[load_count % T::KEPT] = {static_cast<int32_t>(tile.m), static_cast<int32_t>(tile.n), loading ? max(1, (k_left + T::BK - 1) / T::BK) : 0, 0, tile.rows, tile.c};
+    load_count++;
   };
-  // A stage is filled in this order, whatever stands between: begin_stage, every pass, end_stage.
-  constexpr int PASSES = A::PASSES + B::PASSES;
+  // A stage is filled in this order, whatever stands between: begin_stage, every group of copies, end_stage. In groups, because the compiler puts three idle loads in front
+  // of each copy that does not follow another.
+  constexpr int PASSES = A::PASSES + B::PASSES, GROUPS = 2;
+  StageAt write = {base, end, 1};  // (a new mbarrier passes for one that everyone has arrived at)
   auto begin_stage = [&] {
     a.begin(k_left);
     b.begin(k_left);
   };
-  auto pass = [&](uint32_t to, int i) {
-    if (i < A::PASSES) a.pass(to, i);
-    else b.pass(to + T::BM * T::BK * 2, i - A::PASSES);
-    if (i == PASSES - 1) cp_async_commit();
+  auto copy = [&](int group) {
+    if (group == 0) mbarrier_wait(write.bar + 8, write.parity);
+#pragma unroll
+    for (int i = 0; i < PASSES; i++)
+      if (i * GROUPS / PASSES == group) {
+        if (i < A::PASSES) a.pass(write.at, i);
+        else b.pass(write.at + T::BM * T::BK * 2, i - A::PASSES);
+      }
+    if (group == GROUPS - 1) {
+      if constexpr (COPIES == Copies::kElements) mbarrier_arrive(write.bar);
+      else mbarrier_arrive_after_copies(write.bar);
+    }
   };
   auto end_stage = [&] {
+    write.next(base, end, T::STAGE_BYTES);
     k_left -= T::BK;
-    if (k_left <= 0 && load_index < tiles) {
-      load_index += gridDim.x;
-      begin_tile();
-    }
+    if (k_left <= 0 && loading) begin_tile();
   };
   // Where nothing is left to do everything that does not exist is copied as zeros, from an address that is never read.
   a.start(static_cast<const __nv_bfloat16*>(p.a), 0, 0, 0);
   b.start(static_cast<const __nv_bfloat16*>(p.b), 0, 0, 0);
 
-  const int warp = threadIdx.x / 32;
   const int wm = warp / T::WARPS_N * 64, wn = warp % T::WARPS_N * 64;
   // (Permutations XOR bits of addresses below those in which stages and tiles begin.)
   const uint32_t fa = A::fragment_base(wm, false), fb = B::fragment_base(wn, true) + T::BM * T::BK * 2;
-  uint32_t ra[2][4][4], rb[2][4][4];
-  auto fragments = [&](int buffer, uint32_t from, int kk) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) ldmatrix<TA>(ra[buffer][i], A::fragment(from + fa, i, kk));
-#pragma unroll
-    for (int j = 0; j < 4; j++) ldmatrix<!TB>(rb[buffer][j], B::fragment(from + fb, j, kk));
-  };
-  const uint32_t last = base + (T::STAGES - 1) * T::STAGE_BYTES;
-  auto next = [&](uint32_t stage) { return stage == last ? base : stage + T::STAGE_BYTES; };
+  // Fragments: a's 64 x 16 for this 16 k and the next, b's in blocks of 16 columns, this and the next.
+  constexpr int KK = T::BK / 16;
+  uint32_t ra[2][4][4], rb[2][4];
+  auto load_a = [&](uint32_t from, int kk, int i) { ldmatrix<TA>(ra[kk % 2][i], A::fragment(from + fa, i, kk % KK)); };
+  auto load_b = [&](uint32_t from, int block) { ldmatrix<!TB>(rb[block % 2], B::fragment(from + fb, block % 4, block / 4 % KK)); };
 
   begin_tile();
 #pragma unroll 1
-  for (uint32_t stage = base; stage != last; stage += T::STAGE_BYTES) {
+  for (uint32_t stage = 1; stage < stages; stage++) {
     begin_stage();
 #pragma unroll
-    for (int i = 0; i < PASSES; i++) pass(stage, i);
+    for (int group = 0; group < GROUPS; group++) copy(group);
     end_stage();
   }
-  cp_async_wait<T::STAGES - 2>();
-  __syncthreads();
-  fragments(0, base, 0);
+  StageAt read = {base, end, 0};
+  mbarrier_wait(read.bar, read.parity);
+#pragma unroll
+  for (int i = 0; i < 4; i++) load_a(read.at, 0, i);
+  load_b(read.at, 0);
 
-  uint32_t read = base, write = last;
-  constexpr int KK = T::BK / 16;
-  TileOf tile;
-  for (uint32_t index = blockIdx.x; seek(index, &tile); index += gridDim.x) {
+#pragma unroll 1
+  for (uint32_t count = 0;; count++) {
+    __syncwarp();
+    const KeptTile& tile = kept[count % T::KEPT];
+    int steps = tile.steps;
+    if (steps == 0) break;
     float acc[4][8][4] = {};
-    int steps = max(1, static_cast<int>((tile.k + T::BK - 1) / T::BK));  // without any k: one step of zeros
 #pragma unroll 1
     for (; steps > 0; steps--) {
       begin_stage();
+      uint32_t read_bar = 0;
 #pragma unroll
       for (int kk = 0; kk < KK; kk++) {
-        if (kk == KK - 1) {
-          // The next stage is filled, and everyone has its last fragments of this one in registers: it may be refilled.
-          cp_async_wait<T::STAGES - 2>();
-          __syncthreads();
-          read = next(read);
-        }
-        fragments((kk + 1) & 1, read, (kk + 1) % KK);
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-          // The stage that was read last is refilled, evenly among the products before the barrier.
+        for (int block = 0; block < 4; block++) {
+          const int now = kk * 4 + block;
+          if (now == KK * 4 - 1) {
+            read_bar = read.bar;
+            read.next(base, end, T::STAGE_BYTES);
+            mbarrier_wait(read.bar, read.parity);
+          }
+          load_b(read.at, now + 1);
 #pragma unroll
-          for (int i = 0; i < PASSES; i++)
-            if (i * ((KK - 1) * 8 - T::FIRST) / PASSES + T::FIRST == kk * 8 + j) pass(write, i);
+          for (int h = 0; h < 2; h++) {
+            // The stage that was read last is refilled among the products before the wait for the next.
 #pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const int at = j % 2 ? 3 - i : i;  // neighbouring products share a fragment
-            mma(acc[at][j], ra[kk & 1][at], rb[kk & 1][j / 2][j % 2 * 2], rb[kk & 1][j / 2][j % 2 * 2 + 1]);
+            for (int group = 0; group < GROUPS; group++)
+              if (group * ((KK * 4 - 1) * 2 - T::FIRST) / GROUPS + T::FIRST == now * 2 + h) copy(group);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+              const int at = (h + kk) % 2 ? 3 - i : i;  // neighbouring products share a fragment
+              mma(acc[at][block * 2 + h], ra[kk % 2][at], rb[now % 2][h * 2], rb[now % 2][h * 2 + 1]);
+            }
+            if (h == 0) {
+              if (kk < KK - 1) load_a(read.at, kk + 1, block);
+              else if (block == 3)
+#pragma unroll
+                for (int i = 0; i < 4; i++) load_a(read.at, kk + 1, i);
+            }
           }
         }
       }
-      write = next(write);
+      // All of the warp's fragments of that stage have been used.
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(read_bar + 8);
       end_stage();
     }
-    seek(index, &tile);  // again, rather than in registers meanwhile
     unsigned char* c = static_cast<unsigned char*>(p.c) + tile.c * (p.c_f32 ? 4 : 2);
-    store_warp(acc, p, c, tile.m * T::BM + wm, tile.n * T::BN + wn, tile.rows);
+    store_warp(acc, p, c, static_cast<int64_t>(tile.m) * T::BM + wm, static_cast<int64_t>(tile.n) * T::BN + wn, tile.rows);
   }
+  cp_async_commit();
   cp_async_wait<0>();
 }
 
@@ -304,9 +303,12 @@ __global__ void __launch_bounds__(T::THREADS, T::CTAS) gemm_kernel(const __grid_
 template <class T, bool TA, bool TB, gemm_detail::Copies COPIES>
 int launch_gemm_tile(const GemmLaunch& p, cudaStream_t stream) {
   auto* kernel = gemm_detail::gemm_kernel<T, TA, TB, COPIES>;
-  if (const int error = allow_shared_memory(reinterpret_cast<const void*>(kernel), T::SMEM)) return error;
+  const int64_t limit = shared_memory_limit();
+  int stages = T::MOST;
+  while (T::smem(stages) > limit && T::smem(stages) > T::SMEM) stages--;
+  if (const int error = allow_shared_memory(reinterpret_cast<const void*>(kernel), T::smem(stages))) return error;
   const uint32_t tiles = TileGrid<T::BM, T::BN>(p).count(p), most = multiprocessors() * T::CTAS;
-  kernel<<<tiles < most ? tiles : most, T::THREADS, T::SMEM, stream>>>(p, tiles);
+  kernel<<<tiles < most ? tiles : most, T::THREADS, T::smem(stages), stream>>>(p, tiles, stages);
   return cudaGetLastError();
 }
 
@@ -323,7 +325,7 @@ inline bool gemm_chunks_exact(const GemmLaunch& p) { return (p.trans_a ? p.m : p
 int launch_gemm_bf16_deep(const GemmLaunch& p, cudaStream_t stream);     /* exact chunks */
 int launch_gemm_bf16_large(const GemmLaunch& p, cudaStream_t stream);    /* exact chunks */
 int launch_gemm_bf16_small(const GemmLaunch& p, cudaStream_t stream);    /* exact chunks */
-int launch_gemm_bf16_chunks(const GemmLaunch& p, cudaStream_t stream);    /* 16-byte rows */
+int launch_gemm_bf16_chunks(const GemmLaunch& p, cudaStream_t stream);   /* 16-byte rows */
 int launch_gemm_bf16_elements(const GemmLaunch& p, cudaStream_t stream); /* any rows */
 
 }  // namespace lctx::cuda

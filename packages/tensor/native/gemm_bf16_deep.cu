@@ -1,4 +1,4 @@
-/* Tiles of 256 x 128 in steps of 64 k: large products where a block may take 144 KiB. */
+/* Tiles of 256 x 128 in steps of 64 k: large products where a block may take 146 KiB. */
 #include "gemm_bf16.cuh"
 
 namespace lctx::cuda {
