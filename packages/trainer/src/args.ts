@@ -48,7 +48,7 @@ const schema = z.strictObject({
   tile: count.optional(),
   /** Full-attention layers whose attention output is kept for backward: more memory, less time, the same bits; 'auto': as many as fit. */
   keep: z.union([z.number().int().nonnegative(), z.literal('auto')]).default('auto'),
-  /** Layers per gradient checkpoint; 'auto': as few as fit. */
+  /** Layers per gradient checkpoint; 'auto': what makes the step fastest. */
   layersPerSegment: z.union([count, z.literal('auto')]).default(1),
   /** Longest sequence, for the plan; default the model's maxSeqLength. */
   maxSeqLength: count.optional(),
