@@ -365,8 +365,12 @@ largeTest('attention: where K and V of all heads pass out of the L2 cache, every
     const [n, start] = [3200, 10_000];
     const keys = start + n;
     const noise = lowRandom(999_983, 12);
-    const make = (tokens: number, width: number, first: number): Float32Array =>
-      Float32Array.from({ length: tokens * width }, (_, i) => noise[(first + i) % noise.length] as number);
+    const make = (tokens: number, width: number, first: number): Float32Array => {
+      const x = new Float32Array(tokens * width);
+      for (let at = 0, from = first; at < x.length; at += noise.length - from, from = 0)
+        x.set(noise.subarray(from, from + x.length - at), at);
+      return x;
+    };
     const [q, k, v] = [make(n, heads * d, 0), make(keys, kvHeads * d, 77), make(keys, kvHeads * d, 555_555)];
     const forward = async (x: Float32Array[], heads: number, kvHeads: number): Promise<[Float32Array, Float32Array]> => {
       const [qq, kk, vv] = [
@@ -382,8 +386,11 @@ largeTest('attention: where K and V of all heads pass out of the L2 cache, every
       attentionForward({ q: qq, k: kk, v: vv, out, lse, start, ws });
       return [await values(out), await values(lse)];
     };
-    const columns = (x: Float32Array, width: number, from: number, count: number): Float32Array =>
-      Float32Array.from({ length: (x.length / width) * count }, (_, i) => x[Math.floor(i / count) * width + from + (i % count)] as number);
+    const columns = (x: Float32Array, width: number, from: number, count: number): Float32Array => {
+      const y = new Float32Array((x.length / width) * count);
+      for (let row = 0; row * width < x.length; row++) y.set(x.subarray(row * width + from, row * width + from + count), row * count);
+      return y;
+    };
     const [out, lse] = await forward([q, k, v], heads, kvHeads);
     const group = heads / kvHeads;
     for (const head of [0, 3, kvHeads - 1]) {
