@@ -1,5 +1,6 @@
 /* c [m, n] = alpha a op(b) + beta c with f32 a [m, k <= 64] and b: h B^T of LoRA, d A, a router's gradient to its input. What bounds it is reading and writing c. A warp keeps the
- * parts of 32 columns of b in registers and goes down its rows 16 at a time; what it needs of the next 16 is asked for before the present are multiplied. */
+ * parts of 32 columns of b in registers and goes down its rows 16 at a time; what it needs of the next 16 (32 where registers allow: DEPTH) is asked for before the present are
+ * multiplied. */
 #include "gemm_narrow.cuh"
 
 namespace lctx::cuda::narrow {
@@ -8,7 +9,7 @@ namespace {
 constexpr int COLUMNS = 32 * WARPS; /* of c, per block */
 
 /* KS: 16s of k, or 0 for k <= 8, where the upper half of a step's k is empty. VECTOR: a lane's neighbours in a and c can be accessed at once. ROWS: of c, per block. */
-template <int KS, bool K_CONTIGUOUS, bool VECTOR, int ROWS>
+template <int KS, bool K_CONTIGUOUS, bool VECTOR, int ROWS, int DEPTH>
 __global__ void __launch_bounds__(THREADS, KS >= 4 ? 1 : 2) update_kernel(const __grid_constant__ GemmLaunch p) {
   constexpr int STEPS = KS == 0 ? 1 : KS, PAIRS = KS == 0 ? 1 : 2;
   TileOf tile;
@@ -40,9 +41,9 @@ __global__ void __launch_bounds__(THREADS, KS >= 4 ? 1 : 2) update_kernel(const 
     }
 
   const int64_t column = n0 + 8 * t;
-  float next_a[STEPS][2][2 * PAIRS];
-  uint4 next_c[2];
-  const auto load = [&](int64_t m0) {
+  float ahead_a[DEPTH][STEPS][2][2 * PAIRS];
+  uint4 ahead_c[DEPTH][2];
+  const auto load = [&](int64_t m0, float(&next_a)[STEPS][2][2 * PAIRS], uint4(&next_c)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int64_t row = m0 + h * 8 + g;
@@ -72,9 +73,7 @@ __global__ void __launch_bounds__(THREADS, KS >= 4 ? 1 : 2) update_kernel(const 
       }
     }
   };
-  load(m_first);
-#pragma unroll 1
-  for (int64_t m0 = m_first; m0 < m_end; m0 += 16) {
+  const auto multiply = [&](int64_t m0, float(&next_a)[STEPS][2][2 * PAIRS], uint4(&next_c)[2]) {
     uint4 before[2];
     if constexpr (VECTOR) before[0] = next_c[0], before[1] = next_c[1];
     uint32_t pa[STEPS][3][4];
@@ -89,7 +88,7 @@ __global__ void __launch_bounds__(THREADS, KS >= 4 ? 1 : 2) update_kernel(const 
 #pragma unroll
           for (int part = 0; part < 3; part++) pa[s][part][h + 2 * pair] = parts[part];
         }
-    if (m0 + 16 < m_end) load(m0 + 16);
+    if (m0 + 16 * DEPTH < m_end) load(m0 + 16 * DEPTH, next_a, next_c);
 
     float large[4][4] = {}, small[4][4] = {};
 #pragma unroll
@@ -139,27 +138,35 @@ __global__ void __launch_bounds__(THREADS, KS >= 4 ? 1 : 2) update_kernel(const 
           if (column + e < p.n) store_c(p, to + e, v[e]);
       }
     }
+  };
+#pragma unroll
+  for (int d = 0; d < DEPTH; d++) load(m_first + 16 * d, ahead_a[d], ahead_c[d]);
+#pragma unroll 1
+  for (int64_t m0 = m_first; m0 < m_end; m0 += 16 * DEPTH) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++)
+      if (m0 + 16 * d < m_end) multiply(m0 + 16 * d, ahead_a[d], ahead_c[d]);
   }
 }
 
-template <int KS, bool K_CONTIGUOUS, int ROWS>
+template <int KS, bool K_CONTIGUOUS, int ROWS, int DEPTH>
 int launch(const GemmLaunch& p, cudaStream_t s) {
   const int64_t neighbours = KS == 0 ? 2 : 4;
   const bool vector_a = p.k % neighbours == 0 && aligned(p.a, p.lda, 0, neighbours), vector_c = p.n % 8 == 0 && aligned(p.c, p.ldc, p.stride_c, 8);
   const uint32_t blocks = TileGrid<ROWS, COLUMNS>(p).count(p);
-  if (vector_a && vector_c) update_kernel<KS, K_CONTIGUOUS, true, ROWS><<<blocks, THREADS, 0, s>>>(p);
-  else update_kernel<KS, K_CONTIGUOUS, false, ROWS><<<blocks, THREADS, 0, s>>>(p);
+  if (vector_a && vector_c) update_kernel<KS, K_CONTIGUOUS, true, ROWS, DEPTH><<<blocks, THREADS, 0, s>>>(p);
+  else update_kernel<KS, K_CONTIGUOUS, false, ROWS, 1><<<blocks, THREADS, 0, s>>>(p);
   return cudaGetLastError();
 }
-template <int KS, int ROWS>
+template <int KS, int ROWS, int DEPTH = 1>
 int launch(const GemmLaunch& p, cudaStream_t s) {
-  return p.trans_b ? launch<KS, true, ROWS>(p, s) : launch<KS, false, ROWS>(p, s);
+  return p.trans_b ? launch<KS, true, ROWS, DEPTH>(p, s) : launch<KS, false, ROWS, DEPTH>(p, s);
 }
 
 }  // namespace
 
 int launch_update(const GemmLaunch& p, cudaStream_t s) {
-  if (p.k <= 8) return launch<0, 64>(p, s);
+  if (p.k <= 8) return launch<0, 64, 2>(p, s);
   if (p.k <= 16) return launch<1, 64>(p, s);
   if (p.k <= 32) return launch<2, 64>(p, s);
   // With so much of b, four times the rows for each time that it is read and split, once they fill the card.
