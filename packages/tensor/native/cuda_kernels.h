@@ -69,7 +69,7 @@ struct GemmLaunch {
 /* Pieces that the k of a product with few tiles and a long k (a weight gradient over all tokens) is cut into, so that it fills the card; else 1. */
 int32_t gemm_splits(const GemmLaunch& p, bool a_f32, bool b_f32);
 int launch_gemm_join(const GemmLaunch& p, const float* pieces, void* stream); /* c = alpha sum of pieces + beta c, in order */
-int launch_gemm_bf16(GemmLaunch p, void* stream);        /* mma.sync, sm_80 and up, at most 96 KiB of shared memory */
+int launch_gemm_bf16(GemmLaunch p, void* stream);        /* mma.sync, sm_80 and up, 98 KiB of shared memory suffice */
 /* Full f32, operands f32 or bf16 in any mixture: by tensor cores where one side is narrow, else by FFMA. */
 int launch_gemm_ffma(const GemmLaunch& p, bool a_f32, bool b_f32, void* stream);
 /* False: it is not narrow, and nothing was launched. */
