@@ -25,8 +25,9 @@ export interface TrainingSessionOptions {
   readonly ws: Workspace;
   /** Tiers of the activation store. Default: everything on the device. */
   readonly storeOptions?: LayerScheduleOptions['storeOptions'];
-  /** Keep the attention output of full-attention layers for backward, where memory allows. Default: nothing is kept. */
+  /** Keep the attention output of full-attention layers for backward: of how many, of how many last tokens of each, and where. Default: nothing is kept. */
   readonly keep?: LayerScheduleOptions['keep'];
+  /** As for `LayerSchedule`. */
   readonly prefetchAhead?: number;
   /** Time phases and waits for copies; `schedule.profile()` reads them. */
   readonly profile?: boolean;

@@ -12,7 +12,7 @@ export interface GemmArgs {
   a: Tensor;
   /** [k, n], or [n, k] with transB. */
   b: Tensor;
-  /** [m, n]; may not overlap a or b. */
+  /** [m, n]; may not overlap a, b or bias. */
   c: Tensor;
   transA?: boolean;
   transB?: boolean;
@@ -20,7 +20,10 @@ export interface GemmArgs {
   alpha?: number;
   /** Default 0: c is not read. */
   beta?: number;
-  /** [n], added to every row. f32 or c's dtype. cuBLASLt adds it before c is rounded; elsewhere a pass of its own does, after it. Default none. */
+  /**
+   * [n], contiguous, added to every row. f32 or c's dtype. cuBLASLt adds one of c's dtype (at a multiple of 16 bytes) before c is rounded; elsewhere a pass of its own does, after it.
+   * Default none.
+   */
   bias?: Tensor | null;
   /** CUDA only: 0 = best there is (default), 1 = lc's own kernel, 2 = cuBLASLt. */
   backend?: 0 | 1 | 2;
@@ -62,7 +65,7 @@ function checkScalars(op: string, { alpha = 1, beta = 0 }: { alpha?: number; bet
 /**
  * c = alpha op(a) op(b) + beta c + bias. Row-major; rows may be strided views. On the CPU f32; on CUDA bf16 (f32 accumulation) or f32.
  * On the CPU an element's bits depend on its row of op(a), its column of op(b) and k alone: not on the number of threads, m, n or the storage order.
- * @throws ERR_LC_SHAPE, ERR_LC_DTYPE, ERR_LC_DEVICE, ERR_LC_STRIDES; ERR_LC_ARGUMENT where c overlaps a or b
+ * @throws ERR_LC_SHAPE, ERR_LC_DTYPE, ERR_LC_DEVICE, ERR_LC_STRIDES; ERR_LC_ARGUMENT where c overlaps a, b or bias
  */
 export function gemm(args: GemmArgs): void {
   checkScalars('gemm', args);

@@ -46,7 +46,7 @@ const schema = z.strictObject({
   checkpointDeviceBytes: z.number().int().nonnegative().optional(),
   /** Tokens of an MLP tile; default from the plan. */
   tile: count.optional(),
-  /** Full-attention layers whose attention output is kept for backward: more memory, less time, the same bits; 'auto': as many as fit. */
+  /** Full-attention layers whose attention output is kept for backward: more memory, less time, the same bits; 'auto': of all of them the last tokens, as many as fit. */
   keep: z.union([z.number().int().nonnegative(), z.literal('auto')]).default('auto'),
   /** Layers per gradient checkpoint; 'auto': what makes the step fastest. */
   layersPerSegment: z.union([count, z.literal('auto')]).default(1),

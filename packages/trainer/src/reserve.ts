@@ -44,6 +44,7 @@ export interface ReserveOptions {
   pinning?: 'prefer' | 'require' | undefined;
   /** See `TrainingSession`. Default true. */
   deterministic?: boolean | undefined;
+  /** As for `LayerSchedule`. */
   prefetchAhead?: number | undefined;
   verifyRecompute?: boolean | undefined;
   /** Time phases and waits for copies, for `session.schedule.profile()`. */

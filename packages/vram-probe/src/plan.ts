@@ -32,8 +32,6 @@ const amounts = [
 function check(o: PlanOptions): void {
   for (const [name, value] of [
     ...(['tokens', 'chunk', 'tile', 'lossChunk'] as const).map((key) => [key, o[key]] as const),
-    ...(typeof o.keep === 'object' ? Object.entries(o.keep).map(([key, n]) => [`keep.${key}`, n === 0 ? undefined : n] as const) : []),
-    ['keep', typeof o.keep !== 'number' || o.keep === 0 ? undefined : o.keep] as const,
     ['layersPerSegment', o.layersPerSegment === 'auto' ? undefined : o.layersPerSegment] as const,
     ['lora.r', o.lora?.r] as const,
   ]) {
@@ -41,12 +39,23 @@ function check(o: PlanOptions): void {
       throw new LcTypeError('ERR_LC_ARGUMENT', `plan: ${name} must be a whole number >= 1, got ${String(value)}`);
     }
   }
+  checkKeep(o.keep);
   for (const name of amounts) {
     const value = o[name];
     if (value !== undefined && !(value >= 0 && Number.isFinite(value))) {
       throw new LcTypeError('ERR_LC_ARGUMENT', `plan: ${name} must be a finite number >= 0, got ${String(value)}`);
     }
   }
+}
+
+function checkKeep(keep: PlanOptions['keep'] = 0): void {
+  const amount = (n: unknown): boolean => Number.isSafeInteger(n) && (n as number) >= 0;
+  if (keep === 'auto' || amount(keep) || (typeof keep === 'object' && amount(keep?.layers) && amount(keep?.tokens))) return;
+  const got = typeof keep === 'object' && keep ? `{ layers: ${String(keep.layers)}, tokens: ${String(keep.tokens)} }` : String(keep);
+  throw new LcTypeError(
+    'ERR_LC_ARGUMENT',
+    `plan: keep must be 'auto', a number of layers or { layers, tokens }, whole numbers >= 0, got ${got}`,
+  );
 }
 
 interface Sizes {
@@ -194,26 +203,26 @@ function fixedKeep({ keep = 0, model }: PlanOptions, tokens: number, chunk: numb
 const layersToKeep = (m: ModelShape): number => m.fullAttentionLayers ?? m.numHiddenLayers;
 
 /**
- * These sizes with as much kept as fits; null where they do not fit. The last tokens of a layer cost most to compute again, so the last chunk of every layer comes first, then the last two
- * of every layer, and so on.
+ * These sizes with as much kept as fits (`keep: 'auto'`), or with what was asked for; whether they fit at all is in the plan. The last tokens of a layer cost most to compute again, so the
+ * last chunk of one layer after the other comes first, then the last two of every layer, and so on.
  */
 function fullest(o: PlanOptions, sizes: Omit<Sizes, 'keep'>, budgets: Budgets): Plan {
   const { tokens, chunk } = sizes;
   const at = (keep: Keep): Plan => measure(o, { ...sizes, keep }, budgets, true);
-  const least = at(fixedKeep(o, tokens, chunk));
+  const nothing = at(fixedKeep(o, tokens, chunk)); // or what was asked for
   const layers = layersToKeep(o.model);
-  if (o.keep !== 'auto' || !least.fits || layers === 0) return least;
+  if (o.keep !== 'auto' || !nothing.fits || layers === 0) return nothing;
   const chunks = Math.ceil(tokens / chunk);
   const last = (count: number): number => tokens - (chunks - count) * chunk;
   const step = (n: number): Keep => (n < layers ? { layers: n, tokens: last(1) } : { layers, tokens: last(n - layers + 1) });
-  let [best, low, high] = [least, 0, layers + chunks]; // steps 1 .. layers + chunks - 1; more takes more
+  let [most, low, high] = [nothing, 0, layers + chunks]; // steps 1 .. layers + chunks - 1; more takes more
   while (high - low > 1) {
     const middle = (low + high) >>> 1;
     const p = at(step(middle));
-    if (p.fits) [best, low] = [p, middle];
+    if (p.fits) [most, low] = [p, middle];
     else high = middle;
   }
-  return best;
+  return most;
 }
 
 /** Of `comparableSeconds`: what smaller sizes have to gain. */

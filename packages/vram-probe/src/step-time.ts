@@ -36,8 +36,7 @@ export function comparableSeconds(m: ModelShape, device: 'cpu' | 'cuda', c: Choi
   const perTile = (rate.rows * perRow) / Math.min(c.tile, c.chunk, c.tokens);
   const linears = (c.tokens * (projections * (1 + perChunk) + mlp * (1 + perChunk + perTile))) / rate.gemm;
   // Inside a segment layers run forward a second time; of the last segment the inputs still lie there.
-  const segments = Math.ceil(layers / c.layersPerSegment);
-  const again = layers - segments - (layers - (segments - 1) * c.layersPerSegment - 1);
+  const again = (Math.ceil(layers / c.layersPerSegment) - 1) * (c.layersPerSegment - 1);
   const attention = (2 * q * c.tokens ** 2) / rate.attention;
   const notKept = full - c.keep.layers * pairsOfLast(c.tokens, c.keep.tokens);
   // Which of the layers that run again have no window is not known here: as many as elsewhere.

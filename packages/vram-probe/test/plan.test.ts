@@ -142,8 +142,20 @@ describe('what is kept, and the sizes that make a step fastest', () => {
     expect(kept(5)).toEqual([5, 100_000]);
     expect(kept('auto')).toEqual([12, 100_000]);
     expect(kept({ layers: 2, tokens: 100_000 }, 100_000)).toEqual([2, 100_000]); // one chunk
-    for (const keep of [{ layers: 1.5, tokens: 2 }, { layers: 1, tokens: Number.NaN }, Number.NaN])
-      expect(() => kept(keep)).toThrow(expect.objectContaining({ code: 'ERR_LC_ARGUMENT' }));
+    const wrong = [
+      { layers: 1.5, tokens: 2 },
+      { layers: 1, tokens: Number.NaN },
+      Number.NaN,
+      -1,
+      { layers: 3 },
+      { tokens: 5 },
+      'all',
+      null,
+    ];
+    for (const keep of wrong as PlanOptions['keep'][])
+      expect(() => kept(keep)).toThrow(
+        expect.objectContaining({ code: 'ERR_LC_ARGUMENT', message: expect.stringMatching(/keep must be/) }),
+      );
   });
 
   it('of one chunk, as many layers as fit', () => {
