@@ -143,6 +143,7 @@ describe('lc bench step', () => {
     expect(probe.hostBytes).toEqual(whole.hostBytes);
     const segments = await rowOf('step', '--tokens', '1024', '--chunk', '256', '--host', '--layers-per-segment', '2', '--probe');
     expect(segments).toMatchObject({ probe: true, layers: 2, layersPerSegment: 2, kept: 2, keptTokens: 1024 });
+    expect(segments.dequantization).toMatchObject({ passes: 4 }); // one segment, whose inputs still lie there
   });
 
   it('says when a layer has ended, so that a run that is cut off tells how far it got', () => {
@@ -239,6 +240,8 @@ describe('lc bench step', () => {
       [['--model', 'gpt-2'], /no preset 'gpt-2'; there are gpt-oss-20b/],
       [['--vram', 'much'], /--vram: expected bytes/],
       [['--search'], /give --probe as well/],
+      [['--profile', '--compare', 'offload'], /--profile times the ops of plain steps/],
+      [['--profile', '--check-chunk', '64'], /--profile times the ops of plain steps/],
       [['--device', 'tpu'], /expected cpu, cuda/],
       [['--compare', 'all'], /Allowed choices/],
     ] as const) {

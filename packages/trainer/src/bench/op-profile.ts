@@ -10,11 +10,12 @@ export interface OpTime {
 }
 
 type Args = Record<string, unknown>;
+const isArgs = (value: unknown): value is Args => typeof value === 'object' && value !== null;
 
 const dims = (a: unknown): readonly number[] => (a instanceof Tensor ? a.shape : []);
 const product = ({ a, c, transA }: Args): string => `${dims(c).slice(-2).join(' x ')} x ${dims(a).at(transA ? 0 : -1)}`;
 
-/** Names an op by what decides its time: products by m x n x k, attention by its window; everything else has the sizes that the products have. */
+/** Names an op by what decides its time: products by m x n x k, attention by its window; all else by its name alone, for its sizes are those of the products. */
 function nameOf(name: string, args: Args): string {
   if (name === 'gemm' || name === 'groupedGemm') {
     const { a, b } = args as { a: Tensor; b: Tensor };
@@ -28,8 +29,8 @@ function nameOf(name: string, args: Args): string {
 export async function profileOps(device: DeviceLike, work: () => Promise<unknown>, sync: () => Promise<void>): Promise<OpTime[]> {
   const compute = defaultStream(device);
   const calls: { op: string; before: Event; after: Event }[] = [];
-  const onCompute = (args: Args | undefined): args is Args =>
-    typeof args === 'object' &&
+  const onCompute = (args: unknown): args is Args =>
+    isArgs(args) &&
     !(args.stream instanceof Stream && args.stream !== compute) &&
     Object.values(args).some((value) => value instanceof Tensor && value.device === compute.device);
   const mark = (): Event => {
@@ -39,10 +40,10 @@ export async function profileOps(device: DeviceLike, work: () => Promise<unknown
   };
   try {
     traceCalls((name, [args], call) => {
-      if (!onCompute(args as Args | undefined)) return call();
+      if (!onCompute(args)) return call();
       const before = mark();
       const result = call();
-      calls.push({ op: nameOf(name, args as Args), before, after: mark() });
+      calls.push({ op: nameOf(name, args), before, after: mark() });
       return result;
     });
     await work();

@@ -31,7 +31,8 @@ const pairsFor = (secondsOfPair: number): number => Math.max(3, Math.min(9, Math
 /**
  * Steps (forward, loss, backward) with an optimization and without it, all else equal, in memory that both hold at the same time: a pair of whole steps that is not
  * counted (the first step of a length loads kernels, lets libraries choose theirs, and touches memory), then `rounds` pairs; every other one begins with the step without, so that a card that slows down as it
- * warms favours neither. Checkpoints stay on the device but for 'offload', which sends all of them to the host. The sizes are those that the plan of the step with it chose.
+ * warms favours neither. Checkpoints stay on the device but for 'offload', which sends all of them to the host. The sizes, the layers per checkpoint and what is kept are those that the plan of the
+ * step with it chose.
  */
 export async function compare(
   model: CausalLM,
@@ -41,17 +42,16 @@ export async function compare(
   io: StepIo,
 ): Promise<CompareResult> {
   const base = { tokens: c.tokens, what };
-  const kept = c.host ? c.without : [...new Set<Optimization>([...c.without, 'offload'])];
+  const neither = c.host ? c.without : [...new Set<Optimization>([...c.without, 'offload'])];
   const held: PreparedStep[] = [];
   applyCaps(model.device, c);
   try {
-    const withIt = new PreparedStep(model, what === 'offload' ? { ...c, host: true } : { ...c, without: kept });
+    const withIt = new PreparedStep(model, what === 'offload' ? { ...c, host: true } : { ...c, without: neither });
     held.push(withIt);
-    const { chunk, tile, lossChunk, keep } = withIt.reservation.plan;
-    const without = [...new Set<Optimization>([...(what === 'offload' ? c.without : kept), what])];
-    held.push(
-      new PreparedStep(model, { ...c, ...{ chunk, tile, lossChunk, keep: { layers: keep.layers, tokens: keep.tokens } }, without }),
-    );
+    const { chunk, tile, lossChunk, segment, keep } = withIt.reservation.plan;
+    const sizes = { chunk, tile, lossChunk, layersPerSegment: segment, keep: { layers: keep.layers, tokens: keep.tokens } };
+    const without = [...new Set<Optimization>([...(what === 'offload' ? c.without : neither), what])];
+    held.push(new PreparedStep(model, { ...c, ...sizes, without }));
     const seconds: [number[], number[]] = [[], []];
     let warm = 0;
     for (const prepared of held) warm += await timed(prepared, c.tokens, io);

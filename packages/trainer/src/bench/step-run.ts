@@ -327,7 +327,7 @@ async function dequantization(
     workspace.reset(mark);
   };
   const layerMs = await clock.time(open, { rounds: 3 });
-  const again = plan.segment > 1 ? layers - Math.ceil(layers / plan.segment) : 0; // recomputed inside segments
+  const again = (Math.ceil(layers / plan.segment) - 1) * (plan.segment - 1); // recomputed inside segments, but for the last one
   const passes = 2 * layers + again;
   return { layerMs, passes, seconds: (layerMs * passes) / 1000 };
 }

@@ -58,6 +58,8 @@ async function stepCommand(flags: StepFlags): Promise<void> {
   const auto = (name: string, text: string | undefined): number | 'auto' | undefined =>
     text === 'auto' ? 'auto' : text === undefined ? undefined : wholeNumber(name, text);
   if (flags.search && !flags.probe) throw new LcError('ERR_LC_CONFIG', '--search finds lengths by memory probes: give --probe as well');
+  if (flags.profile && (flags.search || flags.compare || flags.checkChunk))
+    throw new LcError('ERR_LC_CONFIG', '--profile times the ops of plain steps: leave out --search, --compare and --check-chunk');
   const { report, fits } = await benchStep(device, {
     ...{ model: modelOf(flags.model), layers: count('--layers', flags.layers), tokens: list('--tokens', flags.tokens) },
     shared: {
