@@ -1,6 +1,6 @@
-/** Every native call of every addon throws `LcError` or `LcTypeError`: here, where addons are loaded, and nowhere else. */
+/** Every native call of every addon throws `LcError` or `LcTypeError`: here, where addons are loaded, and nowhere else. A profiler may see every call. */
 import { isPromise } from 'node:util/types';
-import { asLcError } from './errors.js';
+import { asLcError, LcTypeError } from './errors.js';
 
 type Native = (...args: unknown[]) => unknown;
 
@@ -9,8 +9,13 @@ export type CallTracer = (name: string, args: readonly unknown[], call: () => un
 
 let tracer: CallTracer | null = null;
 
-/** For profilers: from here on every native call goes through `trace`, which makes it and returns what it returns. null: no longer. */
+/**
+ * For profilers: from here on every native call goes through `trace`, which makes it and returns what it returns. null: no longer.
+ * @throws LcTypeError ERR_LC_ARGUMENT where `trace` is neither
+ */
 export function traceCalls(trace: CallTracer | null): void {
+  if (trace !== null && typeof trace !== 'function')
+    throw new LcTypeError('ERR_LC_ARGUMENT', `traceCalls: expected a function or null, got ${String(trace)}`);
   tracer = trace;
 }
 

@@ -4,7 +4,7 @@ import { fileURLToPath } from 'node:url';
 import { runInNewContext } from 'node:vm';
 import { describe, expect, it } from 'vitest';
 import { asLcError } from '../src/errors.js';
-import { empty, fill, fromDLPack, gemm, LcError, LcTypeError, setVramLimit, zeros } from '../src/index.js';
+import { empty, fill, fromDLPack, gemm, LcError, LcTypeError, memInfo, setVramLimit, traceCalls, zeros } from '../src/index.js';
 import { core } from '../src/native.js';
 import { expectNoLeaks } from '../src/testing.js';
 import { throwsTyped } from '../src/typed-addon.js';
@@ -75,6 +75,29 @@ describe('what native code throws', () => {
     expect(addon.call).not.toBe(exports.call);
     expect(core()).toBe(core());
   });
+});
+
+it('traceCalls sees every native call, which throws, returns and works as before, until it is told to stop', () => {
+  using a = zeros([2, 3]);
+  using wide = zeros([2, 2]);
+  const seen: [string, unknown][] = [];
+  traceCalls((name, [args], call) => {
+    seen.push([name, args]);
+    return call();
+  });
+  try {
+    fill(a, 3);
+    expect(thrown(() => gemm({ a, b: a, c: wide }))).toBeInstanceOf(LcTypeError);
+    expect(memInfo('cpu').totalBytes).toBeGreaterThan(0);
+  } finally {
+    traceCalls(null);
+  }
+  fill(wide, 4);
+  expect(a.data()[5]).toBe(3);
+  expect(seen.map(([name]) => name)).toEqual(['fill', 'gemm', 'memInfo']);
+  expect((seen[0] as [string, { dst: unknown }])[1].dst).toBe(a);
+  for (const wrong of [undefined, 5] as unknown as null[])
+    expect(thrown(() => traceCalls(wrong))).toMatchObject({ name: 'LcTypeError', code: 'ERR_LC_ARGUMENT' });
 });
 
 it('every code that native code names is one of LcErrorCode', () => {
