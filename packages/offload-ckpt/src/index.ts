@@ -3,7 +3,15 @@
  * @module @lc/offload-ckpt
  */
 
-export type { HiddenCallback, InputGradientCallback, LayerScheduleOptions, LossCallback, SequenceOptions, WriteInput } from './options.js';
+export type {
+  HiddenCallback,
+  InputGradientCallback,
+  KeepOptions,
+  LayerScheduleOptions,
+  LossCallback,
+  SequenceOptions,
+  WriteInput,
+} from './options.js';
 export { makeSpans, planStore, type StorePlan, type StoreShape, type Tier } from './plan.js';
 export type { PhaseTime, ProfilePhase, ScheduleProfile } from './profile.js';
 export type { Progress, RunOptions } from './run.js';

@@ -109,6 +109,9 @@ export interface ExpertLinear {
   close(): void;
   /** x [rows, in], offsets i32 [experts + 1] on the device, out [rows, out]. */
   forward(x: Tensor, out: Tensor, offsets: Tensor, ws: Workspace): void;
-  /** dx [rows, in] overwritten (or added to); `null`: not wanted. Adds to the parameters' gradients. */
+  /**
+   * dx [rows, in] overwritten (or added to); `null`: not wanted. Adds to the parameters' gradients. x [rows, in] is what `forward` read; without parameters, whose gradients alone need it, its
+   * content is undefined and it may be dx.
+   */
   backward(x: Tensor, dout: Tensor, dx: Tensor | null, offsets: Tensor, ws: Workspace, accumulate?: boolean): void;
 }

@@ -16,7 +16,7 @@ export interface TiledMoEOptions extends TiledBlockOptions {
   gateUp: ExpertLinear;
   /** [experts, 2 * intermediate], in gateUp's column order. */
   gateUpBias?: Tensor | null | undefined;
-  /** intermediate -> hidden. */
+  /** intermediate -> hidden. Without parameters it is not given its input in backward (`ExpertLinear.backward`). */
   down: ExpertLinear;
   /** [experts, hidden]. */
   downBias?: Tensor | null | undefined;
@@ -106,7 +106,7 @@ export class TiledMoE extends TiledBlock {
     const dact = ws.alloc([pairOf.shape[0] as number, this.intermediateSize]);
     const dlogits = ws.alloc(routing.logits.shape, 'f32');
     native().gather({ x: dout, out: dy, rowOf: routing.rowOf, topK, weights });
-    down.backward(act ?? dact, dy, dact, offsets, ws); // a linear that trains nothing does not read its input here: any tensor of its shape will do
+    down.backward(act ?? dact, dy, dact, offsets, ws); // without parameters it reads no input: any tensor of that shape will do
     const probabilities = kind === 'qwen3-moe' && !normTopkProb ? routing.logits : null;
     const gradient = { dy, bias: downBias, weights, probabilities, ...this.pairs(routing), dlogits };
     const gates = { ...this.halves(both), ...this.glu, dout: dact };
