@@ -118,7 +118,7 @@ describe('what is kept, and the sizes that make a step fastest', () => {
           for (const tile of [16384, 8192, 4096, 2048, 1024, 512])
             for (const keep of ['auto', 0, 3, 12] as const) {
               const other = h100(tokens, { ...budgets, layersPerSegment, chunk, tile: Math.min(tile, chunk), keep });
-              if (other.fits) expect(seconds(other)).toBeGreaterThan(seconds(p) * 0.98);
+              if (other.fits) expect(seconds(other)).toBeGreaterThan(seconds(p) * 0.989);
             }
     }
   });

@@ -31,8 +31,8 @@ const pairsFor = (secondsOfPair: number): number => Math.max(3, Math.min(9, Math
 /**
  * Steps (forward, loss, backward) with an optimization and without it, all else equal, in memory that both hold at the same time: a pair of whole steps that is not
  * counted (the first step of a length loads kernels, lets libraries choose theirs, and touches memory), then `rounds` pairs; every other one begins with the step without, so that a card that slows down as it
- * warms favours neither. Checkpoints stay on the device but for 'offload', which sends all of them to the host. The sizes, the layers per checkpoint and what is kept are those that the plan of the
- * step with it chose.
+ * warms favours neither. Checkpoints stay on the device but for 'offload', which sends all of them to the host. The sizes, the layers per checkpoint and what is kept (of it, whole chunks) are those
+ * that the plan of the step with it chose.
  */
 export async function compare(
   model: CausalLM,
